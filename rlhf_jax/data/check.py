@@ -273,7 +273,7 @@ def _lengths(rows: list[Row], tokenizer: Tokenizer | None) -> dict[str, list[int
     template = "{prompt}" if is_text else chat.AUTO
     cut = pieces(answered, tokenizer, sys.maxsize) if is_text else answered
     encoded = encode_texts(cut, tokenizer, template=template)
-    num_masked = sum(int((~counts).sum()) for counts in encoded.learned.values())
+    num_masked = sum(int((counts == 0).sum()) for counts in encoded.learned.values())
     learned = int(encoded.response_lengths.sum()) - num_masked
     lengths = {
         "prompt": encoded.starts[:, 0].tolist(),

@@ -73,8 +73,8 @@ class EncodedTexts:
     targets: np.ndarray | None = None  # [N, K] float32, 0 for missing answers
     margin: np.ndarray | None = None  # [N] float32; None if all are 0
     learned: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
-    """{(k, n): [response length] int8}, which tokens of the response ``tokens[k][n]`` count, for
-    those responses of which some do not; of a solution a `rows.Mask` of steps."""
+    """{(k, n): [response length] bool}, which tokens of the response ``tokens[k][n]`` count, for
+    those responses of which some do not; of a solution the integers of `rows.Mask`."""
     shares_prompts: bool = False
     """Whether batches hold the prompt of a comparison once, before all its answers."""
 
@@ -181,7 +181,7 @@ def encode_texts(
             cut = _cut(own, prompt, answers, max_length, too_long, counts)
             if cut is not None:
                 for k, mask in enumerate(own.learned):
-                    learned[k, len(kept)] = np.array(mask[: len(cut[k])], np.int8)
+                    learned[k, len(kept)] = np.array(mask[: len(cut[k])])
                 kept.append(row)
                 begins.append(len(prompt))
                 texts.append([np.array(prompt + ids, np.int32) for ids in cut])
