@@ -34,7 +34,9 @@ from rlhf_jax.config import Compute, RewardModelStage
 from rlhf_jax.data import batches, encoding, formats
 from rlhf_jax.data.tokenizers import characters, load_tokenizer
 from rlhf_jax.errors import UserError
+from rlhf_jax.evaluation import bench
 from rlhf_jax.generation.generator import LanguageModel
+from rlhf_jax.graders import spec
 from rlhf_jax.models import hf
 from rlhf_jax.training.common import reward_models
 from rlhf_jax.types import Demonstrations, Rollout
@@ -367,6 +369,7 @@ def test_its_folder_is_a_reward_of_steps(stage):
     scores = scores_up_to((4, 7), model, params, batch.tokens, batch.attention_mask)
     assert_allclose(dense[:, [4, 7]].T, jax.nn.sigmoid(scores), atol=1e-5)
     assert dense.sum() == pytest.approx(float(dense[0, 4] + dense[0, 7]))
+    assert_allclose(bench.score(spec.Reward(fn=fn), batch, {}, 1), dense.sum(axis=1))
     with pytest.raises(UserError, match="needs the tokenizer of the policy"):
         reward_models.load_reward_model(**load, policy="another")
 

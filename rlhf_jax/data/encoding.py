@@ -253,9 +253,8 @@ def _joined(row: Row, tokenizer: Tokenizer, template: str) -> Row:
     num_steps = len(row.steps)
     steps = tokenizer.continue_batch(["\n"] * num_steps, row.steps, [row.source] * num_steps)
     steps[-1].append(chat.end_of_response(template, tokenizer))
-    marks = [
-        [0] * (len(ids) - 1) + [1 + right] for ids, right in zip(steps, row.labels, strict=True)
-    ]
+    labelled = zip(steps, row.labels, strict=True)
+    marks = [[0] * (len(ids) - 1) + [1 + right] for ids, right in labelled]
     ids, mask = (tuple(itertools.chain.from_iterable(parts)) for parts in (steps, marks))
     return replace(row, responses=(ids,), learned=(mask,))
 

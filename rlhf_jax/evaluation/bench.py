@@ -180,13 +180,14 @@ def score(
     """
     if reward.host is None:
         score_batch = functools.partial(_apply, reward.fn)
-        return generator.in_batches(score_batch, batch_size, rollout).astype(np.float64)
+        scores = generator.in_batches(score_batch, batch_size, rollout).astype(np.float64)
+        return scores.sum(axis=1) if scores.ndim == 2 else scores  # of steps
     try:
         scored, _ = rewards.on_host(reward.host, rollout, columns)
     except FloatingPointError as error:
         raise TrainingFault(str(error)) from error
     is_scored = np.any(scored.response_mask, axis=1)
-    scores: Any = np.asarray(scored.scores, np.float64)
+    scores = np.asarray(scored.scores, np.float64)
     if scores.ndim == 2:
         scores = scores.sum(axis=1)
     return np.where(is_scored, scores, np.nan)

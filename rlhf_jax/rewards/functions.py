@@ -98,9 +98,7 @@ def from_steps(score_fn: Callable[..., Array], params: Params, ends: Array) -> P
     return Partial(_step_rewards, _as_pytree(score_fn), params, ends)
 
 
-def _step_rewards(
-    score_fn: Callable[..., Array], params: Params, ends: Array, rollout: Rollout
-) -> Scores:
+def _step_rewards(score_fn: Any, params: Params, ends: Array, rollout: Rollout) -> Scores:
     is_one = ends[rollout.tokens] & rollout.mask
     goes_on = jnp.pad(is_one[:, 1:], ((0, 0), (0, 1)))
     step_end = (is_one & ~goes_on) | ops.is_last(rollout.mask)

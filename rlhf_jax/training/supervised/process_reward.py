@@ -17,10 +17,6 @@ from rlhf_jax.training.supervised.scoring import evenly
 from rlhf_jax.types import TrainState
 
 
-def _prepare(job: Job) -> Learner:
-    return reward_model.TASK.prepare(job)._replace(answer=None)
-
-
 def _validate(job: Job, learner: Learner, state: TrainState) -> Validation:
     """Figures over all steps that are held out. Samples of some solutions: the ``scores`` of their
     steps (log-odds) with the ``labels``, and as ``score`` the probability that all are right.
@@ -59,7 +55,7 @@ TASK = replace(
     kind="solutions",
     collate=batches.demonstration_batch,
     pack=batches.packed_batch,
-    prepare=_prepare,
+    prepare=lambda job: reward_model.TASK.prepare(job)._replace(answer=None),
     validate=_validate,
     finish=lambda job, learner, state: {"": state.params},  # log-odds: not normalised
     show=("reward_model/loss", "reward_model/accuracy", "validation/accuracy"),
