@@ -19,7 +19,7 @@ import sentiment
 import yaml
 from builders import ROOT, Checker, initial_params, slow, soak
 
-from rlhf_jax import models, sharding, training
+from rlhf_jax import models, rewards, sharding, training
 from rlhf_jax.algorithms import grpo, ppo, rloo, vpg
 from rlhf_jax.cli.stages import find_method
 from rlhf_jax.config import ALGORITHMS, DPOStage, RunConfig, model_source, parse
@@ -46,6 +46,8 @@ SAYS = {
     " rate=None kl_coef=None",
     "clip_cov": "clip_cov kind=clip share=0.0002 cov_low=1.0 cov_high=5.0 kl_in_loss=False"
     " rate=None kl_coef=None",
+    "curriculum": "curriculum group_size=16 decay=0.7 exploration=0.05 kl_in_loss=False"
+    " rate=None kl_coef=None",
     "dapo": "grpo clip_low=0.2 clip_high=0.28 aggregate=token kl_in_loss=False group_size=16"
     " rate=1e-06 kl_coef=None",
     "dpo": "dpo kind=sigmoid beta=0.1 needs_reference=True batch_size=64 rate=1e-06",
@@ -61,6 +63,8 @@ SAYS = {
     "gmpo": "grpo surrogate=gmpo ratio=token clip_low=0.4 clip_high=0.4 aggregate=sequence"
     " kl_in_loss=False rate=None kl_coef=None",
     "grpo": "grpo group_size=64 kl_loss_coef=0.04 kl_loss_estimator=k3 aggregate=sequence"
+    " rate=1e-06 kl_coef=None",
+    "grpo_process": "grpo step_end=step_end group_size=64 kl_loss_coef=0.04 aggregate=sequence"
     " rate=1e-06 kl_coef=None",
     "grpo_wins": "grpo group_size=8 kl_loss_coef=0.04 rate=None kl_coef=0.0",
     "gspo": "grpo ratio=sequence clip_low=0.0003 clip_high=0.0004 num_minibatches=4"
@@ -83,16 +87,24 @@ SAYS = {
     " rate=1e-06 kl_coef=0.0",
     "ppo": "ppo num_epochs=4 value_clip=0.2 gae_lambda=0.95 whiten_rewards=True"
     " rate=1e-05 kl_coef=0.15",
+    "process_reward": "reward_model steps=True num_epochs=3 rate=1e-05",
     "reinforce_pp": "rloo baseline=global group_size=1 num_minibatches=8 aggregate=sequence"
     " kl_in_loss=False rate=5e-07 kl_coef=0.0001",
     "reinforce_pp_baseline": "rloo baseline=both group_size=8 kl_loss_coef=0.001"
     " kl_loss_estimator=k2 rate=5e-07 kl_coef=0.0",
     "remax": "vpg baseline=greedy aggregate=token rate=1e-06 kl_coef=0.05",
+    "replay": "replay surrogate=cispo clip_low=1.0 clip_high=1.0 group_size=8 kl_in_loss=False"
+    " rate=None kl_coef=None",
     "rloo": "rloo group_size=4 baseline=group num_minibatches=2 aggregate=sum"
     " rate=1e-06 kl_coef=0.03",
+    "safe_rlhf": "safe_rlhf group_size=4 limit=0.0 multiplier_rate=0.1 multiplier_max=5.0"
+    " aggregate=token rate=1e-05 kl_coef=0.01",
     "sapo": "grpo surrogate=sapo ratio=token aggregate=sequence kl_in_loss=False"
     " rate=None kl_coef=None",
+    "self_distill": "self_distill top_k=100 aggregate=token kl_in_loss=False rate=None kl_coef=0.0",
     "simpo": "dpo kind=simpo beta=2.0 gamma=1.0 needs_reference=False batch_size=128 rate=6e-07",
+    "spo": "spo group_size=1 num_minibatches=8 clip_high=0.28 dual_clip=10.0 half_life=0.06"
+    " exploration=0.05 rate=1e-06 kl_coef=0.0",
     "tr_dpo": "dpo kind=sigmoid beta=0.1 reference_ema=0.6 reference_refresh=None rate=None",
     "vapo": "ppo group_size=16 num_minibatches=16 clip_low=0.2 clip_high=0.28 aggregate=token"
     " gae_lambda=1.0 length_adaptive=0.05 positive_coef=0.1 normalize_returns=False value=separate"
@@ -112,13 +124,16 @@ SMALL += (
 SMALL += "--rl.max-new-tokens 2 --rl.validation-fraction 0 --reward count:e"
 
 
+TOLD = {"self_distill": rewards.teacher_prompts(lambda topic: [4, 5], "topic")}
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_its_paper_and_combines_with_another_config(name):
     section, *said = SAYS[name].split()
     config = parse(RunConfig, ["--config", "tiny", name], algorithm=find_method(section))
     text = (ROOT / "configs" / "algorithms" / f"{name}.yaml").read_text("utf-8")
     given = yaml.safe_load(text)
-    trained = given[section] if section in ("dpo", "kto") else given.get("rl", {})
+    trained = given[section] if section in TASKS else given.get("rl", {})
     rates = {"rate": trained.get("optimizer", {}).get("learning_rate")}
     rates["kl_coef"] = trained.get("kl_coef")
     keys = [word.partition("=")[0] for word in said]
@@ -129,7 +144,9 @@ def test_a_preset_is_its_paper_and_combines_with_another_config(name):
     assert config.network == TINY_RUN.network
     comment = text.replace("\n# ", " ")
     assert re.search(r"arXiv \d{4}\.\d{5}", comment)
-    assert f"rlhf-jax {section} --config tiny {name}" in comment
+    stage = "reward-model" if section == "reward_model" else section
+    command = "python told.py" if name in TOLD else f"rlhf-jax {stage}"
+    assert f"{command} --config tiny {name}" in comment
 
 
 def test_the_optimizers_of_the_authors():
@@ -168,7 +185,10 @@ def test_a_run_scores_a_reference_where_the_loss_reads_one(kind):
     assert (task.prepare(job).reference is None) == (kind != "sigmoid")
 
 
-PARTS = {"gdpo": ["--reward", "count:e", "length", "--gdpo.components", "count:e", "length"]}
+PARTS = {
+    "gdpo": ["--reward", "count:e", "length", "--gdpo.components", "count:e", "length"],
+    "safe_rlhf": ["--safe-rlhf.cost", "length", "--reward", "count:e", "length*0"],
+}
 
 
 def flags(name, section, folder):
@@ -212,7 +232,7 @@ def test_a_preset_starts(name, data, monkeypatch):
         assert last[f"{section}/loss"] > 0
         assert len(copies) == (name not in ("simpo", "orpo"))
     else:
-        last = training.rl.run(config, module).metrics
+        last = training.rl.run(config, module, reward=TOLD.get(name)).metrics
         assert {"policy/loss", "dpo/loss"} & last.keys()
         assert ("objective/greedy_score" in last) == (name == "remax")
     assert last["nonfinite"] == 0
