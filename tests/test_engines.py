@@ -44,6 +44,7 @@ from rlhf_jax.training.rl import ahead as ahead_module
 from rlhf_jax.training.rl import job
 from rlhf_jax.training.rl.ahead import Ahead
 from rlhf_jax.training.rl.engine import Client, _checksum, _requests
+from rlhf_jax.training.rl.programs import importance_of
 from rlhf_jax.types import TrainState
 
 TOKENIZER = characters("abcdefgh say")
@@ -231,6 +232,17 @@ def test_the_kinds_of_correction(config, server, how):
         return
     assert 0 < row["policy/importance_limited"] <= 1
     assert row["policy/importance_weight_mean"] <= 1.01
+
+
+def test_the_bounds_of_correction():
+    """No cap is no bound, not no weights."""
+    settings = RLStage(engine="openai:http://x", engine_cap=None, engine_floor=0.5)
+    assert importance_of(settings) == (math.inf, "token_truncate", 0.5)
+    assert importance_of(replace(settings, engine_cap=5.0)) == (5.0, "token_truncate", 0.5)
+    assert importance_of(replace(settings, engine_importance="off")) is None
+    assert importance_of(replace(settings, engine=None)) is None
+    with pytest.raises(ValueError, match=r"engine_floor must be at most 2\.0"):
+        RLStage(engine_floor=3.0)
 
 
 def test_a_server_of_other_weights_is_refused(config, server, tmp_path):

@@ -230,31 +230,44 @@ def test_a_score_is_added_to_the_rewards_of_an_environment(dense):
     assert float(metrics["objective/score"]) == 1.875
 
 
-def test_lengths_are_those_of_responses_and_weights_of_the_kind_that_is_given():
-    """The shorter text has the longer response; the ratios of its tokens are 1/2 and 3."""
+def rescored_by(importance):
+    """Two responses whose tokens have the ratios 1, and 1/2 and 3; the second text is shorter."""
     mask = np.array([[0, 0, 0, 1, 0], [0, 0, 0, 1, 1]])
     attention_mask = mask | np.array([[1, 1, 1, 0, 0], [0, 0, 1, 0, 0]])
     policy = np.log(np.array([[1, 1, 1, 0.5, 1], [1, 1, 1, 0.25, 0.75]], np.float32))
     engine = np.log(np.array([[1, 1, 1, 0.5, 1], [1, 1, 1, 0.5, 0.25]], np.float32))
     sampled = Rollout(np.arange(10).reshape(2, 5), attention_mask, mask, engine)
     policy_fn = jax.tree_util.Partial(lambda *_: PolicyOutput(policy, policy))
-    made, metrics = iteration.rescored(
+    return iteration.rescored(
         iteration.LoopState.create(vpg.State.create({}, OPTIMIZER), 0.0),
         sampled,
         iteration.Functions(policy_fn),
         eos_ids=(9,),
-        importance=(2.0, "sequence_truncate", 0.0),
+        importance=importance,
     )
+
+
+@pytest.mark.parametrize(
+    ("importance", "weights", "limited"),
+    [
+        ((2.0, "sequence_truncate", 0.0), [[1, 0], [1.5, 1.5]], 0),
+        ((2.0, "token_truncate", 0.6), [[1, 0], [0.6, 2]], 2 / 3),
+        ((2.0, "token_mask", 0.6), [[1, 0], [0, 0]], 2 / 3),
+        ((0.3, "tv_mask", 0.2), [[1, 0], [0.5, 0]], 1 / 3),  # 1/2 from 1/4, 3/4 from 1/4
+    ],
+)
+def test_weights_are_of_the_kind_that_is_given(importance, weights, limited):
+    made, metrics = rescored_by(importance)
+    assert_allclose(made.importance_weights[:, 3:], weights, rtol=1e-6)
+    found = {key: float(x) for key, x in metrics.items() if "importance" in key}
+    raw = {"policy/importance_raw_mean": 1.5, "policy/importance_raw_max": 3.0}
+    assert found == pytest.approx({"policy/importance_limited": limited, **raw})
+
+
+def test_lengths_are_those_of_responses():
+    made, metrics = rescored_by(None)
     assert float(metrics["response/length"]) == 1.5
-    weights = {key: float(x) for key, x in metrics.items() if "importance" in key}
-    assert weights == pytest.approx(
-        {
-            "policy/importance_limited": 0.0,
-            "policy/importance_raw_mean": 1.5,  # of 1, 1/2 and 3, the tokens' own
-            "policy/importance_raw_max": 3.0,
-        }
-    )
-    assert_allclose(made.importance_weights[:, 3:], [[1, 0], [1.5, 1.5]], rtol=1e-6)
+    assert made.importance_weights is None
     _, metrics = scored(made, f32(1.0, 2.0), {})
     assert_allclose(metrics["reward/length_correlation"], 1.0, rtol=1e-6)
 
