@@ -162,7 +162,7 @@ def pass_at_k(scores: Array, k: int, mask: Array | None = None) -> Array:
     taken = jnp.arange(k - 1)[None, None, :]
     before = jnp.arange(scores.shape[1])[None, :, None] - taken
     share = jnp.prod(before / jnp.maximum(count[:, :, None] - 1 - taken, 1), axis=2)
-    gained = jnp.cumsum(jnp.where(count >= k, k * share * steps, 0.0), axis=1)
+    gained = jnp.cumsum(k * share * steps, axis=1)  # of fewer than k answers no share is above 0
     return ops.masked(jnp.take_along_axis(gained, jnp.argsort(order, axis=1), axis=1), present)
 
 

@@ -245,11 +245,12 @@ def majority_at_k(answers: Array, correct: Array, k: int) -> float:
     right = np.bincount(number, correct[known]) / counts
     total = 0.0
     for winner in np.flatnonzero(right):
-        for votes in range(1, min(counts[winner], k) + 1):
+        others = np.delete(counts, winner).tolist()
+        for votes in range(1, min(int(counts[winner]), k) + 1):
             # ways[c, t]: choices of c votes for the others, t of which have as many as the winner
             ways = np.zeros((k - votes + 1, k // votes + 1))
             ways[0, 0] = math.comb(counts[winner], votes)
-            for count in np.delete(counts, winner):
+            for count in others:
                 before, ways = ways, np.zeros_like(ways)
                 for given in range(min(count, votes, k - votes) + 1):
                     ties = int(given == votes)

@@ -125,7 +125,7 @@ def win_rate(scored: Rollout, prompts: np.ndarray) -> Metrics:
     }
 
 
-def of_several(job: "Job", sampled: Rollout, rollout: Any, batch: Batch) -> dict[str, float]:
+def of_several(job: "Job", sampled: Rollout, rollout: Any, batch: Batch) -> Metrics:
     """Of several answers to a prompt ``best@k`` for k = 1, 2, 4, ... and all, also as ``pass@k`` if
     all scores are 0 or 1, and with the reward ``math`` from k = 3 on ``maj@k``: the mean over the
     prompts that have k answers with a score, and its 95% interval.
@@ -148,7 +148,7 @@ def of_several(job: "Job", sampled: Rollout, rollout: Any, batch: Batch) -> dict
         for i in np.flatnonzero(right == 0):
             entry = batch.prompts.rows[rows[i]].columns["answer"]
             votes[i] = answers.vote(entry, texts[i], place)
-    metrics = {}
+    metrics: Metrics = {}
     for k in sorted({*(2**i for i in range(num.bit_length())), num}):
         values = {"best": best_at_k(scores, k, present)}
         if are_shares:
@@ -163,7 +163,7 @@ def of_several(job: "Job", sampled: Rollout, rollout: Any, batch: Batch) -> dict
                 numbers = (known.mean(), *interval(known))
                 for edge, number in zip(("", "_low", "_high"), numbers, strict=True):
                     if not math.isnan(number):  # of one prompt
-                        metrics[f"validation/{name}@{k}{edge}"] = number
+                        metrics[f"validation/{name}@{k}{edge}"] = jnp.float32(number)
     return metrics
 
 
