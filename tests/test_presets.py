@@ -2,6 +2,7 @@
 says.
 """
 
+import ast
 import importlib.util
 import json
 import operator
@@ -35,6 +36,7 @@ from rlhf_jax.training.supervised.job import Job
 from rlhf_jax.training.tasks import TASKS
 
 TINY_RUN = parse(RunConfig, ["--config", "tiny"])
+ALGORITHMS_FOLDER = ROOT / "rlhf_jax" / "algorithms"
 PRESETS = sorted(path.stem for path in (ROOT / "configs" / "algorithms").glob("*.yaml"))
 # The section that a preset sets, and what it says of its method: settings, among them those that
 # follow from others, and the learning rate and the KL coefficient of the reward that its file
@@ -238,25 +240,49 @@ def test_a_preset_starts(name, data, monkeypatch):
     assert last["nonfinite"] == 0
 
 
-def test_the_table_of_methods_is_true():
-    """Every method of docs/algorithms/methods.md: its presets, its code, its tests."""
-    table = (ROOT / "docs" / "algorithms" / "methods.md").read_text("utf-8")
-    rows = re.findall(r"^\| (.*) \| (.*) \| (.*) \| (.*) \| (.*) \|$", table, re.MULTILINE)[2:]
+def code_lines(path):
+    """Lines without docstrings and blank lines."""
+    source = path.read_text("utf-8")
+    told = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            told |= {*range(node.lineno, node.end_lineno + 1)}
+    lines = enumerate(source.splitlines(), 1)
+    return sum(bool(line.strip()) and number not in told for number, line in lines)
+
+
+def test_the_tables_of_methods_are_true():
+    """Every method of docs/algorithms/index.md: its presets, its code, its lines, its tests."""
+    page = (ROOT / "docs" / "algorithms" / "index.md").read_text("utf-8")
+    head, commands = page.split("## Commands, code and known optima")
+    about, rows = (
+        [line[2:-2].split(" | ") for line in part.splitlines() if line.startswith("| ")][1:]
+        for part in (head, commands)
+    )
+    assert [row[0] for row in about] == [row[0] for row in rows]
+    for method, paper, here, *others in about:
+        assert re.search(r"\w+ (et al\. |and \w+ )?(19|20)\d\d", paper), f"{method}: no paper"
+        assert len(others) == 4
+        if module := re.search(r"a module of (\d+) lines, `(\w+)`", here):
+            assert int(module[1]) == code_lines(ALGORITHMS_FOLDER / f"{module[2]}.py") <= 60
+    modules = {name for _, _, here, *_ in about for name in re.findall(r", `(\w+)`$", here)}
+    files = {path.stem for path in ALGORITHMS_FOLDER.glob("*.py")}
+    assert modules == {name for name in files if find_method(name)}
+    tests = "\n".join(path.read_text("utf-8") for path in (ROOT / "tests").glob("test_*.py"))
     named = set()
-    for method, paper, how, code, test in rows:
+    for method, how, code, test in rows:
         named |= set(re.findall(r"--config (\w+)", how))
         functions = re.findall(r"`(\w+)\.(\w+)`", code)
-        assert functions or "rescore" in how, f"{method}: no code"
+        assert functions, f"{method}: no code"
         for file, function in functions:
             sources = [p.read_text("utf-8") for p in (ROOT / "rlhf_jax").rglob(f"{file}.py")]
-            assert any(f"def {function}(" in text for text in sources), f"{file}.{function}"
+            is_there = any(re.search(rf"^(def )?{function}\b", x, re.MULTILINE) for x in sources)
+            assert is_there, f"{file}.{function}"
         optima = re.findall(r"^`(\w+)`(?: \(([\w`, ]+)\))?$", test)
         assert optima, f"{method}: no known optimum"
-        assert re.search(r"\w+ (et al\. )?(19|20)\d\d", paper), f"{method}: no paper"
-        source = (ROOT / "tests" / "test_known_optima.py").read_text("utf-8")
         for function, cases in optima:
-            assert f"def test_{function}(" in source, method
-            assert all(f'"{case}"' in source for case in re.findall(r"`(\w+)`", cases)), method
+            assert f"def test_{function}(" in tests, method
+            assert all(f'"{case}"' in tests for case in re.findall(r"`(\w+)`", cases)), method
     assert named == set(PRESETS)
 
 
