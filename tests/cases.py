@@ -260,6 +260,7 @@ CASES = {
     "orpo": preference(kind="orpo"),
     "simpo": preference(batch=partial(answers, 2), kind="simpo", beta=2.0, gamma=0.5),
     "kto": Case(kto, kto.Config(beta=0.5, desirable_weight=1.5), rated, feedback),
+    "bco": Case(kto, kto.Config(kind="bco", beta=0.5, desirable_weight=1.5), rated, feedback),
     "vpg": policy(vpg, weighed, samples, 1, entropy_coef=0.1, **FIXED),
     "vpg token": policy(vpg, one_advantage_a_row, aggregate="token", entropy_coef=0.2),
     "ppo": Case(ppo, PPO, dense, samples),

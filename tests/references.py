@@ -271,9 +271,11 @@ def kto(params, batch, config):
         is_liked = bool(batch.desirable[i])
         above = ratio - point if is_liked else point - ratio
         coef = config.desirable_weight if is_liked else config.undesirable_weight
+        right = 1 / (1 + np.exp(-config.beta * above))
+        loss = np.logaddexp(0, -config.beta * above) if config.kind == "bco" else 1 - right
         rows.append(
             {
-                "loss": coef * (1 - 1 / (1 + np.exp(-config.beta * above))),
+                "loss": coef * loss,
                 "accuracy": 0.5 * (1 + np.sign(above)),
                 "reference_point": point,
                 f"{'' if is_liked else 'un'}desirable_log_ratio": ratio,

@@ -140,12 +140,14 @@ def test_pmap_agrees():
         assert_close(jax.tree.map(lambda x, device=device: x[device], results), expected)
 
 
-def test_the_reference_point_of_kto_is_that_of_all_devices():
-    case = UPDATES["kto"]
+@pytest.mark.parametrize("name", ["kto", slow("bco")])
+def test_the_reference_point_of_kto_is_that_of_all_devices(name):
+    case = UPDATES[name]
     batch = case.batch()
     ref_log_probs = batch.mismatched.ref_log_probs - jnp.arange(16.0)
     batch = batch.replace(mismatched=batch.mismatched.replace(ref_log_probs=ref_log_probs))
-    _, expected = jitted("kto")(case.start, batch, KEY)
+    batch = batch.replace(ref_log_probs=batch.ref_log_probs - jnp.arange(16.0))
+    _, expected = jitted(name)(case.start, batch, KEY)
     mapped = jax.shard_map(
         partial(case.update(), axis_name="data"),
         mesh=sharding.make_mesh(4),
