@@ -62,18 +62,17 @@ def pair_loss(output: types.PolicyOutput, rollout: types.Rollout, config: Config
     """``dpo.pair_loss`` of the best and the worst answer to each prompt; rows of one prompt are
     adjacent. ``output`` is the policy's on the rollout, which has ``ref_log_probs``.
     """
-
-    def grouped(x: Any) -> Any:
-        return x.reshape(-1, config.group_size, *x.shape[1:])
+    groups = (-1, config.group_size)
+    scores = policy.row_rewards(rollout)
+    present = rollout.present.reshape(groups)
+    best = jnp.argmax(jnp.where(present, scores.reshape(groups), -jnp.inf), axis=1)
+    worst = jnp.argmin(jnp.where(present, scores.reshape(groups), jnp.inf), axis=1)
+    order = jnp.stack([best, worst], axis=1)
 
     def picked(x: Any) -> Any:
-        return jax.vmap(lambda group, places: group[places])(grouped(x), order)
+        in_groups = x.reshape(*groups, *x.shape[1:])
+        return jax.vmap(lambda group, places: group[places])(in_groups, order)
 
-    scores = policy.row_rewards(rollout)
-    present = grouped(rollout.present)
-    best = jnp.argmax(jnp.where(present, grouped(scores), -jnp.inf), axis=1)
-    worst = jnp.argmin(jnp.where(present, grouped(scores), jnp.inf), axis=1)
-    order = jnp.stack([best, worst], axis=1)
     reference = policy.field(rollout, "ref_log_probs", "give rollout.collect a ref_fn")
     pairs = types.Comparisons(
         picked(rollout.tokens),
