@@ -396,7 +396,7 @@ def test_self_distillation_is_its_formula(top_k):
         gradient["context"] += np.bincount(tokens[own != 0], minlength=5)[:, None] * of_logits
     count = mask.sum()
     assert total / count > 0.1
-    assert_allclose(metrics["distill/divergence"], total / count, **EXACT)
+    assert_allclose(metrics["policy/loss"], total / count, **EXACT)
     assert_allclose(metrics["loss"], total / count, **EXACT)
     for name, expected in gradient.items():
         found = (np.asarray(params[name]) - np.asarray(after.params[name])) / RATE
@@ -507,7 +507,7 @@ def test_the_program_of_a_state_of_its_own_is_a_run(tmp_path):
     assert np.any(rates > 0.5)
 
 
-@pytest.mark.parametrize("algorithm", [x if x is spo else slow(x) for x in RUNS], ids=names)
+@pytest.mark.parametrize("algorithm", [x if x is curriculum else slow(x) for x in RUNS], ids=names)
 def test_a_run_goes_on_exactly(algorithm, tmp_path):
     config = with_rl(letters_run(tmp_path), num_iterations=4, validation_interval=9, kl_coef=None)
     config = replace(config, checkpoint_interval=2)

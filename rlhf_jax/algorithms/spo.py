@@ -34,9 +34,9 @@ class Config(policy.Config):
 
 @flax.struct.dataclass
 class State(TrainState):
-    """A TrainState with the record of each prompt, [prompts] float32."""
+    """A TrainState with the record of each prompt."""
 
-    alpha: Array
+    alpha: Array  # [prompts], as beta and seen
     beta: Array
     seen: Array  # ``moved`` when the prompt was answered last
     moved: Array  # [] nats per token, summed over all updates
@@ -45,8 +45,8 @@ class State(TrainState):
     def create(cls, params: Params, optimizer: Any, prompts: int = 0) -> Self:
         """All prompts at 1/2, by one answer."""
         half = jnp.full(prompts, 0.5)
-        own = {"alpha": half, "beta": half, "seen": jnp.zeros(prompts), "moved": jnp.zeros(())}
-        return cls(**vars(TrainState.create(params, optimizer)), **own)
+        start = vars(TrainState.create(params, optimizer))
+        return cls(**start, alpha=half, beta=half, seen=0.0 * half, moved=jnp.zeros(()))
 
 
 def prepare(rollout: Rollout, *, state: State, config: Config, axis_name: AxisName) -> Rollout:
@@ -74,8 +74,7 @@ def choose(state: State, key: Array, *, rows: Array, number: int, config: Any) -
     """``number`` of the ``rows``, all different if there are as many."""
     deviations = jnp.sqrt(state.alpha * state.beta) / (state.alpha + state.beta)
     weights = deviations[rows] + config.exploration
-    again = number > len(rows)
-    return jax.random.choice(key, rows, (number,), replace=again, p=weights / jnp.sum(weights))
+    return jax.random.choice(key, rows, (number,), number > len(rows), weights / weights.sum())
 
 
 _passes = policy.updater(prepare, rloo.loss, advance=advance)

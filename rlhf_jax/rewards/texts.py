@@ -117,15 +117,14 @@ def from_text(fn: Function, tokenizer: Decoder, spell: Spell | None = None) -> H
 
 
 def teacher_prompts(encode: Callable[[Any], Sequence[int]], column: str) -> HostReward:
-    """A HostReward that scores all rows 0; its components ``teacher_tokens`` and ``teacher_mask``
-    [B, T] have another prompt before each response, for ``algorithms.self_distill``.
+    """A HostReward for ``algorithms.self_distill``: scores of 0, and the components
+    ``teacher_tokens`` and ``teacher_mask`` [B, T] with other prompts before the same responses.
 
     Args:
-      encode: ``tokenizer.encode``, or another function of an entry of the column: the tokens of the
-        whole prompt, as the policy reads it.
+      encode: ``tokenizer.encode``: the tokens of an entry of the column, the whole prompt.
 
     Raises:
-      UserError: when it is called: a prompt has more tokens than there are slots.
+      UserError: when it is called: a prompt has more tokens than the policy's has slots.
     """
 
     def score(rollout: Rollout, columns: Columns) -> HostScores:
