@@ -46,7 +46,7 @@ class State(TrainState):
         shape = (KEPT * rows, columns)
         buffer = {name: jnp.zeros(shape, jnp.int32) for name in IDS}
         buffer |= {name: jnp.zeros(shape) for name in NUMBERS}
-        buffer["attention_mask"] += 1  # a softmax over no column would be NaN
+        buffer["attention_mask"] += 1  # a mean over no column may be NaN
         return cls(**vars(TrainState.create(params, optimizer)), buffer=buffer)
 
 

@@ -55,10 +55,10 @@ def loss(
         rollout, tokens=tokens, attention_mask=policy.extra(rollout, "teacher_mask") != 0
     )
     top = partial(likeliest, top_k=config.top_k)
-    teacher = ops.evaluate(policy_fn, jax.lax.stop_gradient(params), told, statistic=top)
+    teacher = ops.evaluate(policy_fn, params, told, statistic=top)
     ids, theirs = teacher.statistic
     output = ops.evaluate(policy_fn, params, rollout, statistic=at_ids, arrays=(ids,))
-    # Of log-probs that add up to 1 the softmax changes nothing.
+    # A softmax changes no log-probs that add up to 1, and the teacher's are a constant there.
     divergence = ops.masked(
         losses.divergence(output.statistic, teacher_logits=theirs), rollout.mask
     )
