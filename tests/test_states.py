@@ -184,17 +184,19 @@ def spo_state(params, alpha, beta, seen, distance):
 
 
 def test_spo_is_its_formula():
-    """Two answers to prompt 2, none to prompt 1, a missing row of prompt 3, which stays."""
+    """Two answers to prompt 2, none to prompt 1, a missing row of prompt 3, which stays; a reward
+    of 1.4, which the record counts as 1.
+    """
     params = tabular.policy_params(0)
     alpha, beta = [3.0, 1.0, 0.5, 2.0, 4.0], [1.0, 1.0, 0.5, 6.0, 2.0]
     seen = [0.0, 0.1, 0.24, 0.1, 0.235]
     state = spo_state(params, alpha, beta, seen, 0.25)
-    batch = batch_of([1.0, 0.0, 0.25, 1.0, 7.0], [0, 2, 2, 4, 3], (4, 2, 3, 4, 0))
+    batch = batch_of([1.0, 0.0, 0.25, 1.4, 7.0], [0, 2, 2, 4, 3], (4, 2, 3, 4, 0))
     batch = on_policy(params, batch)
     after, metrics, gradient = moved(spo, state, batch, spo.Config())
 
     values = np.array([0.75, 0.5, 0.5, 0.25, 4.0 / 6.0])
-    gaps = np.array([1.0, 0.0, 0.25, 1.0]) - values[[0, 2, 2, 4]]
+    gaps = np.array([1.0, 0.0, 0.25, 1.4]) - values[[0, 2, 2, 4]]
     advantage = np.append((gaps - gaps.mean()) / gaps.std(), 0.0)
     weights = advantage[:, None] * np.asarray(batch.mask)
     assert_allclose(
@@ -301,7 +303,7 @@ def test_replay_is_truncated_importance_sampling_of_old_groups():
 
     batch = batch_of([0.0, 1.0, 3.0, 2.0], [0, 0, 1, 1], seed=9)
     drawn = set()
-    for step in range(8):
+    for step in range(20):
         _, old = old_rows(replace(state, step=jnp.int32(step)), batch, config)
         rows = [
             int(np.flatnonzero((np.asarray(state.buffer["log_probs"]) == row).all(axis=1))[0])
