@@ -413,7 +413,7 @@ def test_self_distillation_is_its_formula(top_k):
         gradient["context"] += np.bincount(tokens[own != 0], minlength=5)[:, None] * of_logits
     count = mask.sum()
     assert total / count > 0.1
-    assert_allclose(metrics["policy/loss"], total / count, **EXACT)
+    assert_allclose(metrics["distill/divergence"], total / count, **EXACT)
     assert_allclose(metrics["loss"], total / count, **EXACT)
     for name, expected in gradient.items():
         found = (np.asarray(params[name]) - np.asarray(after.params[name])) / RATE

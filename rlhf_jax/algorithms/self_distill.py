@@ -45,9 +45,9 @@ def at_ids(logits: Array, ids: Array) -> Array:
 def loss(
     params: Params, rollout: Rollout, key: DropoutKey, *, policy_fn: PolicyFn, config: Config
 ) -> LossAndMetrics:
-    """The divergence, by ``policy.with_entropy``; its metric ``policy/loss`` is in nats. The extras
-    of the rollout have another prompt and the same response in the same columns, as
-    ``rewards.teacher_prompts`` makes them.
+    """The divergence, by ``policy.with_entropy``; and the metric ``distill/divergence``, nats per
+    response token. The extras of the rollout have another prompt and the same response in the same
+    columns, as ``rewards.teacher_prompts`` makes them.
     """
     # Extras are float32, in which ids below 2^24 are exact, and NaN in missing rows.
     tokens = jnp.nan_to_num(policy.extra(rollout, "teacher_tokens")).astype(jnp.int32)
@@ -63,6 +63,7 @@ def loss(
         losses.divergence(output.statistic, teacher_logits=theirs), rollout.mask
     )
     per_token, metrics = policy.with_entropy(divergence, output, rollout, config)
+    metrics["distill/divergence"] = losses.aggregate(divergence, rollout.mask)
     return config.mean(per_token, rollout.mask), metrics
 
 
