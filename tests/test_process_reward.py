@@ -198,6 +198,8 @@ def test_only_ends_count_and_microbatches_change_nothing():
     each = -np.where(marks == 2, np.log(right), np.log(1 - right))[marks != 0]
     spoilt = np.where(marks == 0, np.nan, scores)
     assert loss_of(jnp.asarray(spoilt), marks)[0].value == pytest.approx(each.mean(), abs=1e-6)
+    gradients = jax.grad(lambda scores: loss_of(scores, marks)[0].value)(jnp.asarray(spoilt))
+    assert_array_equal(gradients[marks == 0], 0)
     assert loss_of(jnp.zeros((4, 6)), marks)[1]["reward_model/accuracy"].value == 0.5
     batch = Demonstrations(jnp.arange(24).reshape(4, 6), jnp.ones((4, 6)), jnp.asarray(marks))
     optimizer = optax.sgd(1.0)
