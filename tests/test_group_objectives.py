@@ -174,7 +174,7 @@ LENGTHS = [4, 1, 2, 0, 3, 2, 1, 4]  # two groups of four; the last of the first 
 def component_scores(rng):
     """Two components; the second says nothing of one row."""
     return {
-        "correct": np.float32(rng.integers(0, 2, 8)),
+        "correct": np.float32([1, 0, 1, 0, 0, 1, 1, 0]),
         "format": np.where(np.arange(8) == 5, np.nan, np.float32(rng.normal(size=8))),
         "other": np.float32(rng.normal(size=8)),
     }

@@ -21,6 +21,7 @@ from rlhf_jax.data import tokenizers
 from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError
 from rlhf_jax.metrics import share_interval, student
+from rlhf_jax.report import plots
 from rlhf_jax.runs import folder
 from rlhf_jax.training.common import initial
 from rlhf_jax.training.common.opening import open_run
@@ -191,6 +192,7 @@ def test_several_answers_by_hand():
     assert found["validation/pass@2_high"] == pytest.approx(high)
     assert found["validation/maj@3_low"] == pytest.approx(share_interval(np.ones(1))[0])
     assert not {"validation/maj@1", "validation/maj@2"} & found.keys()
+    assert all(map(plots.meaning, found))  # in the report
 
 
 @pytest.mark.parametrize(
