@@ -249,9 +249,7 @@ def batch_updater(
 
 
 def _constrain(batch: Any, sharding: Any) -> Any:
-    """The batch with this sharding (or tree prefix of shardings) under plain ``jit``; unchanged if
-    that is None.
-    """
+    """The batch with this sharding (or a tree prefix) under plain ``jit``; unchanged for None."""
     return batch if sharding is None else jax.lax.with_sharding_constraint(batch, sharding)
 
 
@@ -447,9 +445,7 @@ def _shuffle(
 
 
 def _take(order: Array, group_size: int, x: Array) -> Array:
-    """The rows of a minibatch: the groups at ``order`` [blocks, n] in the blocks of ``x``
-    [B, ...].
-    """
+    """The rows of a minibatch: groups ``order`` [blocks, n] of the blocks of ``x`` [B, ...]."""
     by_block = x.reshape(len(order), -1, group_size, *x.shape[1:])
     groups = jax.vmap(lambda block, positions: block[positions])(by_block, order)
     return groups.reshape(-1, *x.shape[1:])

@@ -44,9 +44,7 @@ def list_configs(name: tyro.conf.Positional[str | None] = None) -> None:
 
 
 def _in_short(comment: str, width: int) -> str:
-    """A YAML file's first sentence on one line, without what stands in brackets; of a long one
-    what stands before a colon.
-    """
+    """A YAML file's first sentence without its brackets; of a long one what is before a colon."""
     text = comment.replace("\n#", "").removeprefix("# ")
     sentence = re.split(r"(?<=\w\w\w)\. ", re.sub(r" \([^()]*\)", "", text))[0].rstrip(".")
     head, _, _ = sentence.partition(": ")

@@ -34,7 +34,11 @@ def report_runs(
         follow: write the page again while the runs train, until they end; the open page loads
             itself again.
     """
-    parts = _of_labels(labels) if labels else ()
+    parts: Sequence[Part] = ()
+    if labels:
+        from rlhf_jax.inference.labelling import summary  # it needs JAX
+
+        parts = summary.parts(summary.read_all(labels))
     path: str | Path = page.default_path(runs) if output is None else output
     if follow:
         from rlhf_jax.report.follow import follow as follow_runs
@@ -45,12 +49,6 @@ def report_runs(
     show(path)
     if png is not None:
         show(f"{len(page.write_png(runs, png))} figures in {png}")
-
-
-def _of_labels(files: Sequence[str]) -> list[Part]:
-    from rlhf_jax.inference.labelling import summary  # it needs JAX
-
-    return summary.parts(summary.read_all(files))
 
 
 def export_run(run: tyro.conf.Positional[str], folder: tyro.conf.Positional[str]) -> None:

@@ -325,9 +325,7 @@ def _data_names(config: RunConfig, stage: str) -> dict[str, Names]:
 
 
 def _with_data(config: RunConfig, recorded: Facts, given: Names) -> RunConfig:
-    """The settings with the ``given`` files in place of the run's: first files of equal content,
-    then the others in their order.
-    """
+    """The settings with ``given`` files for the run's: those of equal content, then by order."""
     if not given:
         return config
     stage = recorded["stage"]
@@ -361,12 +359,7 @@ def _inputs(config: RunConfig, stage: str) -> dict[str, str]:
 
 
 def _input_differences(recorded: Mapping[str, str], here: Mapping[str, str]) -> list[Difference]:
-    """The files whose content the run did not read. One of a new name takes the place of one that
-    is gone.
-
-    Raises:
-        UserError: one is missing.
-    """
+    """The files whose content the run did not read; a new name may replace one that is gone."""
     gone = [name for name in recorded if name not in here and recorded[name] not in here.values()]
     differences = []
     for name, digest in here.items():
@@ -386,9 +379,7 @@ def _input_differences(recorded: Mapping[str, str], here: Mapping[str, str]) -> 
 
 
 def _setting_differences(path: Path) -> list[Difference]:
-    """The settings of config.yaml that differ from the record of the newest checkpoint, which has a
-    checksum.
-    """
+    """The settings of config.yaml that differ from the newest checkpoint, which has a checksum."""
     saved = folder.steps(path / "checkpoints")
     if not saved:
         return []
@@ -554,9 +545,7 @@ def _differences(
 
 
 def _unequal(old: Part, new: Part) -> tuple[str, str, str] | None:
-    """What differs first: the index of a number and both numbers, or without an index both texts
-    around a character, or both shapes and dtypes. None: nothing differs.
-    """
+    """What differs first: a number, a part of a text, or shape and dtype; None if nothing does."""
     if isinstance(old, str) and isinstance(new, str):
         place = len(os.path.commonprefix([old, new]))  # noqa: RUF071
         excerpt = slice(max(place - EXCERPT, 0), place + EXCERPT)

@@ -77,9 +77,7 @@ def _sentence(text: str | None) -> str:
 
 
 def _value(value: Any, kind: Any) -> str:
-    """A value in force as it is typed after the flag, with the words that may stand there instead;
-    of what is turned on and off by the flag's name alone: on, off.
-    """
+    """A value in force as it is typed, with the words that may replace it; of a switch: on, off."""
     if kind is bool:
         return "on" if value else "off"
     if isinstance(value, tuple):

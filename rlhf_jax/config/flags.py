@@ -199,9 +199,7 @@ def _read_files(
     reads: Words,
     ignored: Words,
 ) -> tuple[Values, list[str]]:
-    """The values of all files, a later one before an earlier one, and a sentence for each mistake
-    in them.
-    """
+    """The values of all files, later ones before earlier ones, and a sentence for each mistake."""
     given: Values = {}
     problems = [] if all(groups) else ["--config: name a file"]
     suggest = functools.partial(hint, keys=keys, reads=reads)
@@ -347,9 +345,7 @@ def _checked(section: C, prefix: str, given: Values, problems: list[str]) -> C:
 
 
 def _problem(message: str, values: Row, prefix: str, given: Values) -> str:
-    """The message of a rule, after the file and line of the first setting that it names and that no
-    flag has changed.
-    """
+    """The message of a rule, after the place of the first setting it names that no flag changed."""
     words = re.findall(r"\w+(?:\.\w+)*", message)
     section = types.SimpleNamespace(**values)
     text = f"{prefix[:-1]}: {message}".removeprefix(": ")

@@ -99,11 +99,7 @@ def _say_unread(config: RunConfig, name: str) -> None:
 
 
 def _complete(section: Any, name: str) -> None:
-    """Gives the section's class what a run reads of it and it does not have.
-
-    Raises:
-      UserError: it is no frozen dataclass.
-    """
+    """Gives the section's class what a run reads of it and it does not have."""
     kind = type(section)
     settings = getattr(kind, "__dataclass_params__", None)
     if settings is None or not settings.frozen:

@@ -459,9 +459,7 @@ def _placed(
     texts: Sequence[Place],
     shape: tuple[int, int],
 ) -> tuple[Any, ...]:
-    """NumPy arrays of a shape [N, T], int32: tokens, the number of the text in each column (0 for
-    none), and response_mask. Their type is Any because they fill fields of type jax.Array.
-    """
+    """[N, T] int32: tokens, the text's number in each column (0: none), and response_mask."""
     tokens = np.full(shape, data.pad_id, np.int32)
     documents = np.zeros(shape, np.int32)
     responses = np.zeros(shape, np.int32)

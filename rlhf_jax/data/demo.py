@@ -174,9 +174,7 @@ def _pairs(
     generator: Random,
     noise: float,
 ) -> list[Fields]:
-    """Rows {prompt, chosen, rejected}: the response with the higher score is chosen, except with
-    the probability ``noise``.
-    """
+    """Rows {prompt, chosen, rejected} by score; the other way with the probability ``noise``."""
     rows = []
     for _, (category, topic) in zip(range(n), _subjects(), strict=False):
         score = worse_score = 0.0

@@ -381,9 +381,7 @@ def files_of(folder: Path) -> list[Path]:
 def _read_by_transformers(
     folder: Path, of_model: Mapping[str, Any], config: Mapping[str, Any]
 ) -> Any:
-    """transformers' tokenizer of copies of the folder's files, since it opens whatever it finds:
-    pipes, endless devices, links.
-    """
+    """transformers' tokenizer of copies of the files, since it opens pipes, devices and links."""
     files = files_of(folder)
     names = {file.name for file in files}
     if not files:
@@ -476,9 +474,7 @@ def _tokenizer(
     config: Mapping[str, Any] | None = None,
     where: str = "",
 ) -> Tokenizer:
-    """``named`` has the spellings of special tokens. If its ``pad_token`` cannot pad, its
-    ``unk_token`` does.
-    """
+    """``named``: spellings of special tokens; if ``pad_token`` cannot pad, ``unk_token`` does."""
     if getattr(backend.model, "dropout", None):
         backend.model.dropout = None  # a text must have the same ids each time
     vocab = backend.get_vocab()

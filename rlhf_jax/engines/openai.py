@@ -81,7 +81,8 @@ class Completions:
         log_probs = [0.0, *told["token_logprobs"][1:]]
         count = len(ids)
         is_whole = len(texts) == len(log_probs) and len(texts) - count in (0, 1)
-        if not is_whole or not all(_is_log_prob(value) for value in log_probs):
+        are_log_probs = all(value is not None and value < _ROUNDING for value in log_probs)
+        if not (is_whole and are_log_probs):
             self.refuse(f"expected log-probabilities of {count} tokens and one more", told)
         return texts[:count], log_probs[:count]
 
@@ -132,10 +133,6 @@ class Completions:
                 self.refuse("it returned no token ids (return_token_ids)", choice)
         log_probs = logprobs["token_logprobs"]
         return Sample(tokens, log_probs, choice.get("finish_reason") == "stop", version)
-
-
-def _is_log_prob(value: float | None) -> bool:
-    return value is not None and value < _ROUNDING
 
 
 def sampling_settings(request: Request) -> dict[str, Any]:

@@ -53,7 +53,10 @@ class VLLM(Completions):
         if (folder / peft.CONFIG).exists():
             self._load_adapter(name, folder)
         else:
-            self._reload(name, folder)
+            reload = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+            self._command("/collective_rpc", reload, FULL_NEEDS)
+            self._command("/reset_prefix_cache", {}, FULL_NEEDS)
+            self._command("/update_weight_version", {"new_version": name}, FULL_NEEDS)
         for old in self._folder.iterdir():
             if old != folder:
                 shutil.rmtree(old)
@@ -96,12 +99,6 @@ class VLLM(Completions):
             self._command("/v1/unload_lora_adapter", {"lora_name": name}, LORA_NEEDS)
         except ServiceError as error:
             logger.info(f"the adapter {name} stays on the server: {error}")
-
-    def _reload(self, name: str, folder: Path) -> None:
-        reload = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
-        self._command("/collective_rpc", reload, FULL_NEEDS)
-        self._command("/reset_prefix_cache", {}, FULL_NEEDS)
-        self._command("/update_weight_version", {"new_version": name}, FULL_NEEDS)
 
     def _command(
         self,

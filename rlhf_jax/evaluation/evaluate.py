@@ -160,12 +160,7 @@ def run(folder: str | Path, config: Config) -> Result:
 
 
 def _with_judge(policy: Policy, config: Config) -> Config:
-    """The settings with the reward model that the run was trained with, if it had one, and only
-    one reward, and the settings name none.
-
-    Raises:
-        UserError: a reward model is asked for texts, or a win rate is asked for and nothing judges.
-    """
+    """The settings; if they name no reward model, with the run's own, if it had no other reward."""
     others = ("prompts", "safety", "categories", "against", "reward_model", "environment")
     given = [f"--{name.replace('_', '-')}" for name in others if getattr(config, name)]
     if policy.is_judge and given:

@@ -84,9 +84,7 @@ def _parts(category: str, topic: Topic, words: list[str]) -> dict[str, float]:
 
 
 def _words(text: str) -> list[str]:
-    """Lower-case words and punctuation marks; any other character is a word of its own, which no
-    one knows.
-    """
+    """Lower-case words and punctuation marks; any other character is a word that no one knows."""
     return re.findall(r"[a-z]+|\S", text.lower())
 
 
@@ -104,9 +102,7 @@ def _fluency(words: list[str]) -> float:
 
 @functools.cache
 def _known_pairs() -> frozenset[tuple[str, str]]:
-    """All pairs of neighbouring words in the demo language's responses; ``^`` stands before the
-    first word.
-    """
+    """All pairs of neighbouring words in the demo's responses; ``^`` precedes the first word."""
     texts = [
         [*_words(fill(wording.template, topic)), *_words(close)]
         for category, wordings in WORDINGS.items()

@@ -56,9 +56,7 @@ def cut(rollout: Rollout, stop: Sequence[str], tokenizer: Tokenizer, after: int 
 def _length(
     ids: Sequence[int], stop: Sequence[str], tokenizer: Tokenizer, after: int
 ) -> int | None:
-    """The number of ids whose text is the shortest with a stop string behind the text of the first
-    ``after`` ids; None without one.
-    """
+    """The least number of ids whose text has a stop string behind that of the first ``after``."""
     begin = len(tokenizer.decode(ids[:after]))
 
     def ends(count: int) -> bool:

@@ -219,11 +219,7 @@ def _waited(work: Coroutine[Any, Any, T], what: str, attempt: str) -> T:
 
 
 def _read(content: bytes, form: Any, key: str | None) -> Any:
-    """The JSON of a reply, of a form, without the key and halves of surrogate pairs.
-
-    Raises:
-      _Fault: it is none, or has another form.
-    """
+    """The JSON of a reply, of a form, without the key and halves of surrogate pairs; or _Fault."""
     try:
         value = _cleaned(json.loads(content), key)
         shown = json.dumps(value, ensure_ascii=False)

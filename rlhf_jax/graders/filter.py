@@ -214,9 +214,7 @@ class Guard:
         return self._punished(scored, unsafe), metrics, verdicts
 
     def _punished(self, scored: Rollout, unsafe: np.ndarray) -> Rollout:
-        """The scored rollout after the action, given which rows are unsafe [B]. With dense rewards
-        a penalty or another score stands at the last token.
-        """
+        """The scored rollout after the action on unsafe rows [B]; if dense, at the last token."""
         settings = self.settings
         scores: Any = scored.scores
         mask: Any = scored.response_mask

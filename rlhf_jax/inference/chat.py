@@ -162,9 +162,7 @@ def run(folder: str, config: Config, lines: Iterable[str], console: Console) -> 
 
 
 def _own_reward(folder: str, console: Console) -> tuple[str, ...]:
-    """The reward of the run's config.yaml; none if that is somebody else's and names code or a URL,
-    which only ``--reward`` may.
-    """
+    """The reward of the run's config.yaml; none if it names code or a URL that may be another's."""
     entries = tuple(settings_of(folder).get("reward", ()))
     file = settings_file(folder)
     try:

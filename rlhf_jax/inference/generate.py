@@ -123,9 +123,6 @@ def _lines(
 def _take(out: Path, part_file: Path, settings: dict[str, Any]) -> int:
     """The number of complete lines that are there already; all lines are in ``part_file`` then. An
     incomplete last line, which a kill may leave, is removed.
-
-    Raises:
-        UserError: the file was made with other settings, or its settings are unknown.
     """
     beside = out.with_name(f"{out.name}.settings.json")
     if not (out.exists() or part_file.exists()):

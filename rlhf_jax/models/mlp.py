@@ -102,9 +102,7 @@ _product = jax.checkpoint(grouped.product, static_argnums=3)
 
 @partial(jax.checkpoint, static_argnums=3)
 def _product_of_few_bits(rows: Array, held: Params, experts: Array, cut_axis: int) -> Array:
-    """Rows times their experts' kernels of few bits, but for the scales of columns; the weights are
-    computed again in the backward pass.
-    """
+    """Rows times kernels of few bits, without columns' scales; the backward pass repeats it."""
     weights = quantization.weights(held, 1, rows.dtype)
     return grouped.product(rows, weights, experts, cut_axis)
 

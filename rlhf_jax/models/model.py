@@ -198,9 +198,7 @@ def _decode(
     *,
     hidden: bool = False,
 ) -> Any:
-    """``Model.decode``, by the ``module`` for a prompt in stacked layers, else by the ``unrolled``
-    one.
-    """
+    """``Model.decode``: by the ``module`` for a prompt in stacked layers, else by ``unrolled``."""
     config = module.config
     chex.assert_rank(tokens, 2)
     chex.assert_equal_shape([tokens, positions])

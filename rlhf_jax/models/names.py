@@ -198,7 +198,13 @@ def _rope_keys(config: DecoderConfig, family: Family) -> dict[str, Any]:
         keys[fraction] = config.rotary_fraction
     scaling = config.rope_scaling
     if scaling is not None:
-        keys["rope_scaling"] = _rope_object(scaling)
+        rope = _ROPES[scaling.kind]
+        written: dict[str, Any] = {"rope_type": scaling.kind}
+        for key, field in {**rope.needed, **rope.optional}.items():
+            value = getattr(scaling, field)
+            if value is not None:
+                written[key] = list(value) if isinstance(value, tuple) else value
+        keys["rope_scaling"] = written
         if scaling.kind == "longrope":
             keys["original_max_position_embeddings"] = scaling.original_max_length
             if scaling.factor > 1:
@@ -214,17 +220,6 @@ def _rope_keys(config: DecoderConfig, family: Family) -> dict[str, Any]:
         }
         keys.pop("rope_local_base_freq", None)
     return keys
-
-
-def _rope_object(scaling: RopeScaling) -> dict[str, Any]:
-    """rope_scaling of config.json."""
-    rope = _ROPES[scaling.kind]
-    written: dict[str, Any] = {"rope_type": scaling.kind}
-    for key, field in {**rope.needed, **rope.optional}.items():
-        value = getattr(scaling, field)
-        if value is not None:
-            written[key] = list(value) if isinstance(value, tuple) else value
-    return written
 
 
 def _read_two_kinds(keys: dict[str, Any], defaults: ModelConfig) -> None:
@@ -244,9 +239,7 @@ def _read_two_kinds(keys: dict[str, Any], defaults: ModelConfig) -> None:
 
 
 def _read_rope(keys: dict[str, Any], max_length: int, family: Family) -> dict[str, Any]:
-    """Takes transformers 5's rope_parameters, or 4's rope_theta and rope_scaling, from the keys.
-    Returns the fields of the config that they give.
-    """
+    """Takes rope_parameters, or transformers 4's rope_theta and rope_scaling; gives the fields."""
     defaults: Any = family.defaults
     fraction_key = family.keys.get("rotary_fraction", "partial_rotary_factor")
     theta = keys.pop(family.keys.get("rope_theta", "rope_theta"), None)
@@ -283,9 +276,7 @@ def _read_rope(keys: dict[str, Any], max_length: int, family: Family) -> dict[st
 
 
 def _read_longrope(keys: dict[str, Any], rope: dict[str, Any], longest: int) -> dict[str, Any]:
-    """The fields of LongRoPE: the model reads texts up to the original length, by the short
-    factors.
-    """
+    """LongRoPE's fields: the model reads texts up to the original length, by the short factors."""
     original = keys.get("original_max_position_embeddings")
     if original is None:
         original = rope["original_max_position_embeddings"]

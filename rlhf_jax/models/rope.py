@@ -50,9 +50,7 @@ def scaled(inverse: np.ndarray, scaling: RopeScaling, config: DecoderConfig) -> 
 
 
 def _kept(inverse: np.ndarray, scaling: RopeScaling) -> np.ndarray:
-    """How much of each frequency Llama 3.1 keeps: the number of its waves in a text of the original
-    length decides.
-    """
+    """How much of each frequency Llama 3.1 keeps, by its waves in a text of the original length."""
     waves = scaling.original_max_length * inverse / (2 * math.pi)
     low = scaling.low_freq_factor
     high = scaling.high_freq_factor
@@ -60,9 +58,7 @@ def _kept(inverse: np.ndarray, scaling: RopeScaling) -> np.ndarray:
 
 
 def _kept_by_yarn(scaling: RopeScaling, config: DecoderConfig) -> np.ndarray:
-    """How much of each frequency YaRN keeps: all before the index ``first``, none from ``last``
-    on.
-    """
+    """How much of each frequency YaRN keeps: all before index ``first``, none from ``last`` on."""
     width = config.rotary_size
 
     def index_of(waves: float) -> float:

@@ -61,9 +61,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def _dot(x: Array, kernel: Array) -> Array:
-    """x [..., D] times kernel [D, ...]; the kernel's last axes become one unless ``tensor`` cuts
-    them.
-    """
+    """x [..., D] times kernel [D, ...]; its last axes become one unless ``tensor`` cuts them."""
     if tensor_parts() > 1:
         return jnp.tensordot(x, kernel, 1)
     matrix = kernel.reshape(len(kernel), -1)
@@ -615,9 +613,7 @@ def table(config: ModelConfig, rows: int) -> Table:
 
 
 def _padded(rows: Array) -> Array:
-    """A token table sharded over ``tensor``. If ``tensor`` does not divide V, zeros follow; their
-    logits are cut off.
-    """
+    """A token table sharded over ``tensor``, padded with zeros, whose logits are cut off."""
     rows = jnp.pad(rows, ((0, -len(rows) % tensor_parts()), (0, 0)))
     axes = tensor_axes()
     if "fsdp" not in axes:

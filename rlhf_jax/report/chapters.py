@@ -131,9 +131,7 @@ def _command(record: RunRecord) -> str:
 
 
 def _facts(groups: Sequence[Group]) -> Facts | Table:
-    """Stage, seed, pace, state and environment: the facts of one run, or a table with a column for
-    each run.
-    """
+    """Stage, seed, pace, state and environment of one run, or a table with a column for each."""
     columns: dict[str, dict[str, Any]] = {}
     for own, record in ((group, record) for group in groups for record in group.records):
         manifest = record.manifest
@@ -168,17 +166,12 @@ def _facts(groups: Sequence[Group]) -> Facts | Table:
 
 
 def _samples(record: RunRecord, is_one: bool) -> Table:
-    """The samples of the last validation.
-
-    is_one: the page's chapter is of one run, which no title has to name.
-    """
+    """The samples of the last validation; if ``is_one`` no title has to name the run."""
     return _before_and_after(record.validations, "Samples", "" if is_one else f": {record.name}")
 
 
 def _training_samples(record: RunRecord, is_one: bool) -> list[Table]:
-    """Answers to prompts, or pairs, that were trained on: before and after, or in RL, whose prompts
-    change, those of the first and of the last step that has them.
-    """
+    """Answers or pairs trained on, before and after; in RL those of the first and the last step."""
     name = "" if is_one else f": {record.name}"
     note = "No validation: the run trains on these {}. "
     if record.kind != "policy":

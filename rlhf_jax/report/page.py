@@ -159,9 +159,7 @@ def fill(template: str, **context: Any) -> str:
 
 
 def _with_links(page: str) -> str:
-    """The page with an id for each of its sections that is not folded, and links to them below its
-    title; to its chapters, if it has such.
-    """
+    """The page with ids for its open sections, and links to these or its chapters at the top."""
     count = Counter[str]()
     links = []
 

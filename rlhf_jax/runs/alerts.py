@@ -167,10 +167,7 @@ def check_metrics(rules: Iterable[Rule], names: Collection[str]) -> list[str]:
 
 
 def _rule(entry: str, known: Mapping[str, Rule]) -> Rule:
-    """The rule of one entry.
-
-    known: the rules that an entry can name.
-    """
+    """The rule of one entry, which can name those of ``known``."""
     name, _, action = map(str.strip, entry.rpartition(":"))
     if not name or not action.isidentifier():  # the name of a metric may hold a colon
         name = entry.strip()
@@ -190,9 +187,7 @@ def _rule(entry: str, known: Mapping[str, Rule]) -> Rule:
 
 
 def _value(row: Row, metric: str) -> float:
-    """The value in a row, NaN without one. A part of a reward, ``reward/PART``, that is one of
-    several has the metric ``reward/NAME/PART``: the largest of them.
-    """
+    """The value in a row, NaN without one; of ``reward/PART`` the largest ``reward/NAME/PART``."""
     if metric in row:
         return float(row[metric])
     kind, _, part = metric.partition("/")

@@ -253,10 +253,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         parts: dict[str, Shards],
         written: Iterable[Any],
     ) -> None:
-        """The part of a save that follows the copy to the host. Every process runs it in a thread.
-
-        written: futures of Orbax's writes.
-        """
+        """The rest of a save, in a thread of each process; ``written`` are Orbax's writes."""
 
         def publish() -> None:
             for name, leaf in record["leaves"].items():
@@ -385,9 +382,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         return jax.tree.unflatten(jax.tree.structure(target), values), record["meta"]
 
     def _read(self, step: int, leaves: Row, digests: dict[str, Digests]) -> dict[str, Any]:
-        """The arrays of a step: jax arrays where leaf and checkpoint have the same shards, else
-        NumPy arrays.
-        """
+        """A step's arrays: jax arrays where leaf and checkpoint have equal shards, else NumPy."""
         empty = {}
         how = {}
         folder = self._directory / str(step) / "state"
@@ -472,9 +467,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
 
 @functools.cache
 def _ignore_closed_loops() -> None:
-    """Hides errors of TensorStore's threads after a save has failed: its other writes report to an
-    event loop that Orbax has closed, and Python would print a traceback for each of them.
-    """
+    """Hides the errors that TensorStore's threads report, after a failed save, to a closed loop."""
     report = sys.unraisablehook
 
     def hook(unraisable: "sys.UnraisableHookArgs") -> None:
@@ -502,9 +495,7 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _stored(leaf: Any) -> Any:
-    """The array that is written: a NumPy copy that nobody changes, or the array itself if it is
-    sharded over several processes.
-    """
+    """The array that is written: a NumPy copy, or the array itself if several processes share."""
     if isinstance(leaf, np.ndarray | np.generic):
         return np.array(leaf)
     numbers = jax.random.key_data(leaf) if _is_key(leaf) else leaf
@@ -517,9 +508,7 @@ def _is_shared(leaf: Any) -> bool:
 
 
 def _place_of(shape: Sequence[int], index: Sequence[slice] | None = None) -> str:
-    """The place of a shard in its array, [start, end] of each axis as JSON; without ``index`` the
-    place of the whole array.
-    """
+    """[start, end] of each axis of a shard, as JSON; without ``index`` of the whole array."""
     cuts = [slice(None)] * len(shape) if index is None else index
     # The data of a key have one axis more than the key.
     return json.dumps([cut.indices(size)[:2] for cut, size in zip(cuts, shape, strict=False)])
@@ -546,9 +535,7 @@ def _parts(array: Any, shape: Sequence[int], places: Iterable[str] = ()) -> Shar
 
 
 def _digests(leaves: Row, parts: dict[str, Shards]) -> dict[str, Digests]:
-    """The checksum of each part, on all cores: ``hashlib`` releases Python's lock while it
-    computes.
-    """
+    """The checksum of each part, on all cores: ``hashlib`` releases Python's lock."""
 
     def of_leaf(name: str) -> Digests:
         kind = json.dumps({"dtype": leaves[name]["dtype"], "shape": leaves[name]["shape"]})

@@ -107,9 +107,7 @@ def open_run(path: str | Path, *, resume: bool = False, overwrite: bool = False)
 def _take(
     path: Path, resume: bool, overwrite: bool, stack: contextlib.ExitStack
 ) -> tuple[bool, bool]:
-    """Takes the folder until the stack is closed. Returns whether there is a checkpoint to continue
-    from, and whether the folder is empty.
-    """
+    """Takes the folder until the stack closes. Is there a checkpoint, and is the folder empty?"""
     check_usable(path, resume=resume, overwrite=overwrite)
     try:
         path.mkdir(parents=True, exist_ok=True)

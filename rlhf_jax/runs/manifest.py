@@ -203,9 +203,7 @@ def _hashes(fingerprints: Texts) -> dict[str, str]:
 
 
 def _setting(key: str) -> str:
-    """The setting that a difference belongs to: the key itself, or the one that names the file of a
-    sha256.
-    """
+    """The setting of a difference: the key itself, or the one that names the file of a sha256."""
     match = re.match(r"sha256 of (?:(model|tokenizer)$|(reward|safety) )?", key)
     return (match[1] or match[2] or "data") if match else key
 
@@ -247,9 +245,7 @@ def dotted(value: Any, prefix: str = "") -> Row:
 
 
 def _git_state() -> Row | None:
-    """The commit of the checkout that this package runs from, and whether files differ from it;
-    None without a checkout.
-    """
+    """The commit of this package's checkout, and whether files differ from it; None without one."""
     here = Path(__file__)
 
     def git(*words: str) -> str:

@@ -110,9 +110,7 @@ def _write(new: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def _unfinished(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
-    """What ``make`` makes under a free name beside ``path``, with this process's lock on it. At the
-    end it is deleted unless it has been renamed.
-    """
+    """What ``make`` makes beside ``path``, locked by this process; deleted unless it is renamed."""
     _sweep_once(path.parent.absolute())
     while True:
         new = _free_name(path)

@@ -84,9 +84,7 @@ def _differing(
 
 
 def _chosen(found: Params, shape: tuple[int, ...]) -> Array:
-    """[L, B, T, k] numbers of the experts of each token in ascending order, of the layers that have
-    experts.
-    """
+    """[L, B, T, k] experts of each token in ascending order, of the layers that have experts."""
     layers: dict[int, Array] = {}  # by their numbers; the stacked ones are the first
     for (layer, *_, name), (leaf,) in flatten_dict(found[ROUTER]).items():
         if name == "chosen":

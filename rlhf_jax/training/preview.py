@@ -108,9 +108,7 @@ def rows(stage: str, source: DataSource, settings: RLStage, count: int) -> Previ
 
 
 def _texts_of(row: Row, batch: Any) -> list[Text]:
-    """The texts of a row, the best first, from the batch that a stage makes of it alone, of fields
-    [1, T] or [1, K, T].
-    """
+    """The texts of a row, the best first, from its own batch of fields [1, T] or [1, K, T]."""
     width = batch.tokens.shape[-1]
     fields = (batch.tokens, batch.attention_mask, batch.response_mask)
     arrays = (np.asarray(values).reshape(-1, width) for values in fields)

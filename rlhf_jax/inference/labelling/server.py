@@ -244,9 +244,7 @@ class Guard:
         return None
 
     def _is_ours(self, host: str) -> bool:
-        """Whether a Host header names this page. An address is no name that somebody else could
-        point here, as in DNS rebinding.
-        """
+        """Whether a Host header names this page. An address cannot be pointed here by DNS."""
         try:
             name = URL(f"//{host}").hostname or ""
             if name in ("localhost", *(known.lower() for known in self.page.names)):

@@ -364,9 +364,7 @@ def _language_model(
 
 
 def _with_dropout(model: models.Model, network: Network, adapters: LoRA) -> models.Model:
-    """The model with the settings' rates of dropout: ``network.dropout`` wherever its family drops
-    (None: its own rates), and ``lora.dropout``.
-    """
+    """The model with ``network.dropout`` (None: its family's rates) and ``lora.dropout``."""
     names = [field.name for field in dataclasses.fields(model.config)]
     rate = network.dropout
     rates: Any = {}

@@ -196,14 +196,10 @@ def muon_dimensions(params: Params) -> Any:
 
 
 def _decayed(params: Params) -> Any:
-    """True for matrices, adapters and embeddings of the body. Judged by name: under scan a bias has
-    rank 2 too.
-    """
-
-    def decayed(path: Path, _: Array) -> bool:
-        return _is_of_body(path, "kernel", "embedding", "lora_a", "lora_b")
-
-    return jax.tree_util.tree_map_with_path(decayed, params)
+    """True for matrices, adapters, embeddings of the body, by name: scanned biases have rank 2."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: _is_of_body(path, "kernel", "embedding", "lora_a", "lora_b"), params
+    )
 
 
 def _is_of_body(path: Path, *names: str) -> bool:

@@ -157,11 +157,7 @@ def start(policy: models.Model, tokenizer: Tokenizer, key: Array) -> LanguageMod
 
 
 def _keys_of(params: Params) -> dict[str, tuple[list[str | int], Any]]:
-    """{name: (its keys, the parameter)}; a name is the keys joined by ``/``.
-
-    Raises:
-        UserError: a key is neither a text nor a whole number, or two parameters have one name.
-    """
+    """{name: (its keys, the parameter)}; a name is the keys joined by ``/``."""
     advice = "it must return nested dicts of arrays whose keys are texts or whole numbers"
     try:
         leaves = jax.tree.leaves_with_path(params)

@@ -412,9 +412,7 @@ class Progress(AbstractContextManager["Progress"]):
             )
 
     def _validated(self) -> Row:
-        """The metrics of a validation of the state; its texts are written. If nothing is held out,
-        there are texts alone.
-        """
+        """The metrics of a validation; its texts are written, alone if nothing is held out."""
         if self.validate is None:
             if self.sample is not None:
                 self.tracker.samples(self.done, self.sample(self.state))

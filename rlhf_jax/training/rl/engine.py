@@ -90,27 +90,22 @@ class Client:
         is_current = self.engine.follows and state.behind is None
         has_weights = is_current or int(state.train.step) == 0
         if self.settings.engine_check and has_weights:
-            self._check_gap(float(gap))
+            found = float(gap)
+            if self._first_gap is None:
+                self._first_gap = found
+            limit = min(MOST_APART, max(ALWAYS_ALLOWED, MOST_GROWTH * self._first_gap))
+            if not found <= limit:
+                raise ServiceError(
+                    f"{self.engine.place}: its log-probabilities differ from the policy's by "
+                    f"{found:.3g} nats in the mean, after {self._first_gap:.3g} in the first "
+                    "rollout: it samples with other weights or did not load all, or gives "
+                    "log-probabilities of another temperature (vllm serve --logprobs-mode "
+                    "processed_logprobs); --rl.no-engine-check trains on its samples anyway"
+                )
         return {"policy/sampler_gap_mean": gap}
 
-    def _check_gap(self, gap: float) -> None:
-        """Raises ServiceError if engine and policy differ by more than rounding explains."""
-        if self._first_gap is None:
-            self._first_gap = gap
-        limit = min(MOST_APART, max(ALWAYS_ALLOWED, MOST_GROWTH * self._first_gap))
-        if not gap <= limit:
-            raise ServiceError(
-                f"{self.engine.place}: its log-probabilities differ from the policy's by "
-                f"{gap:.3g} nats in the mean, after {self._first_gap:.3g} in the first rollout: it "
-                "samples with other weights or did not load all, or gives log-probabilities of "
-                "another temperature (vllm serve --logprobs-mode processed_logprobs); "
-                "--rl.no-engine-check trains on its samples anyway"
-            )
-
     def _ask(self, policy: Params, requests: Sequence[Request]) -> list[list[Sample]]:
-        """The samples of each request, those that were kept or new ones. Every process calls it;
-        the first one asks.
-        """
+        """The samples of each request, kept ones or new ones. Every process calls it."""
         version = requests[0].version
         write = None
         is_missing = processes.in_first(lambda: self._lacks_samples(requests))
@@ -245,9 +240,7 @@ def _seeds(key: Array, places: Any, used: Any) -> Array:
 def _requests(
     prompts: Prompts, version: str, how: SamplingConfig, key: Array
 ) -> tuple[list[list[int]], list[Request]]:
-    """Groups of rows, and a request for each: equal prompts that follow one another are a group.
-    Rows without a prompt are in none.
-    """
+    """Groups of adjacent equal prompts and a request for each; empty prompts are in none."""
     used = np.zeros(len(prompts.tokens), np.int32) if prompts.used is None else prompts.used
     slots = np.asarray(used).tolist()
     seeds = np.asarray(_seeds(key, prompts.places, used)).tolist()

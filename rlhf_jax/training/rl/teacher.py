@@ -177,9 +177,7 @@ class Server:
         self._replies.add(question, json.dumps(log_probs))
 
     def _check_vocabulary(self, ids: list[int], texts: list[str]) -> None:
-        """Raises UserError if the server spells the tokens in another way. Special tokens and parts
-        of a character are not compared.
-        """
+        """Raises UserError if the server spells whole, ordinary tokens in another way."""
         others = []
         for number, theirs in zip(ids, texts, strict=True):
             ours = self._tokenizer.decode([number]).strip()

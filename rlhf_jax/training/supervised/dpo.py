@@ -26,10 +26,6 @@ def run(config: RunConfig, *, data: Rows = None, validation_data: Rows = None) -
     return run_task(config, TASK, data=data, validation_data=validation_data)
 
 
-def _prepare(job: Job) -> Learner:
-    return policies.prepare(job, dpo, job.settings)
-
-
 def _validate(job: Job, learner: Learner, state: TrainState) -> Validation:
     accuracy = scoring.length_accuracy(job.encoded, job.held_out)
     sides = ("chosen_log_ratio", "rejected_log_ratio")
@@ -41,7 +37,7 @@ TASK = Task(
     kind="pairs",
     collate=batches.comparison_batch,
     pack=batches.packed_comparisons,
-    prepare=_prepare,
+    prepare=lambda job: policies.prepare(job, dpo, job.settings),
     validate=_validate,
     show=(
         "dpo/loss",

@@ -78,10 +78,6 @@ def weighted(job: Job) -> KTOStage:
     return replace(settings, desirable_weight=desirable, undesirable_weight=undesirable)
 
 
-def _prepare(job: Job) -> Learner:
-    return policies.prepare(job, kto, weighted(job))
-
-
 def _validate(job: Job, learner: Learner, state: TrainState) -> Validation:
     accuracy = scoring.desirable_length_accuracy(job.encoded, job.train_rows, job.held_out)
     sides = ("desirable_log_ratio", "undesirable_log_ratio")
@@ -93,7 +89,7 @@ TASK = Task(
     kind="feedback",
     collate=batches.feedback_batch,
     pack=None,
-    prepare=_prepare,
+    prepare=lambda job: policies.prepare(job, kto, weighted(job)),
     validate=_validate,
     show=(
         "kto/loss",

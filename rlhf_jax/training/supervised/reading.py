@@ -47,9 +47,7 @@ def read(
 
 
 def _sampled(data: ReadResult, most: int, key: str, seed: int) -> ReadResult:
-    """At most so many rows of the data, drawn by the seed, in their order; prints how many. The
-    pairs of a ranking are one row of the file and stay together.
-    """
+    """At most so many rows, drawn by the seed, in their order; a ranking's pairs are one row."""
     places = list(dict.fromkeys(row.source for row in data.rows))
     if len(places) <= most:
         return data

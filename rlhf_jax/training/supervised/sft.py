@@ -6,7 +6,7 @@ from rlhf_jax.data import batches
 from rlhf_jax.training.common.initial import Rows
 from rlhf_jax.training.common.saving import RunResult
 from rlhf_jax.training.supervised import policies
-from rlhf_jax.training.supervised.job import Job, Learner, Task
+from rlhf_jax.training.supervised.job import Task
 from rlhf_jax.training.supervised.run import run as run_task
 
 
@@ -25,17 +25,13 @@ def run(config: RunConfig, *, data: Rows = None, validation_data: Rows = None) -
     return run_task(config, TASK, data=data, validation_data=validation_data)
 
 
-def _prepare(job: Job) -> Learner:
-    """Validations are in nats per token, whatever ``sft.aggregate`` is."""
-    return policies.prepare(job, sft, job.settings, validation_config=sft.Config())
-
-
 TASK = Task(
     section="sft",
     kind="demonstrations",
     collate=batches.demonstration_batch,
     pack=batches.packed_batch,
-    prepare=_prepare,
+    # Validations are in nats per token, whatever ``sft.aggregate`` is.
+    prepare=lambda job: policies.prepare(job, sft, job.settings, validation_config=sft.Config()),
     validate=policies.validate,
     show=("sft/loss", "validation/loss", "grad_norm"),
 )

@@ -47,7 +47,17 @@ def encode(rows: Rows, tokenizer: Tokenizer, **settings: Any) -> EncodedTexts:
     start = time.monotonic()
     encoded = encode_texts(rows, tokenizer, **settings)
     if entry is not None and (is_kept or time.monotonic() - start > LONG):
-        _keep(encoded, entry)
+        try:
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(entry) as new:
+                save(encoded, new)
+            entries = [path for path in entry.parent.iterdir() if path.is_dir()]
+            entries.sort(key=lambda path: path.stat().st_mtime)
+            for old in entries[:-KEPT]:
+                shutil.rmtree(old, ignore_errors=True)
+            logger.info(f"the token ids are kept for the next run in {entry}")
+        except (OSError, UserError) as error:
+            logger.info(f"the token ids are not kept for the next run: {error}")
     return encoded
 
 
@@ -70,22 +80,6 @@ def _code() -> bytes:
     for file in (*sorted(Path(data.__file__).parent.glob("*.*")), Path(__file__)):
         digest.update(file.read_bytes())
     return digest.digest()
-
-
-def _keep(encoded: EncodedTexts, entry: Path) -> None:
-    """Writes an entry of the cache, or says why it could not, and removes the oldest ones."""
-    try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(entry) as new:
-            save(encoded, new)
-        entries = [path for path in entry.parent.iterdir() if path.is_dir()]
-        entries.sort(key=lambda path: path.stat().st_mtime)
-        for old in entries[:-KEPT]:
-            shutil.rmtree(old, ignore_errors=True)
-    except (OSError, UserError) as error:
-        logger.info(f"the token ids are not kept for the next run: {error}")
-        return
-    logger.info(f"the token ids are kept for the next run in {entry}")
 
 
 def save(encoded: EncodedTexts, new: Path) -> None:
