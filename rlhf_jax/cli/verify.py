@@ -198,12 +198,7 @@ def _manifest(path: Path) -> Facts:
 def _spans(
     path: Path, start: int | None, num_steps: int | None, from_scratch: bool, draw: int | None
 ) -> list[Span]:
-    """The steps to repeat: one span, or with ``draw`` one for each checkpoint that is the nearest
-    before some of the steps that are drawn.
-
-    Raises:
-        UserError: there is no such checkpoint, or too few steps come after one that is kept.
-    """
+    """The steps to repeat: one span, or with ``draw`` one from each checkpoint drawn steps need."""
     if start is not None and (from_scratch or draw is not None):
         raise UserError(
             "--random begins at the nearest checkpoint: leave out --from"

@@ -215,9 +215,7 @@ def _read_files(
 
 
 def _without_rivals(given: Values, later: Row, reads: Words) -> Values:
-    """``given`` without the settings that ``RIVALS`` replaces by those that come ``later``, with a
-    line for each.
-    """
+    """``given`` without what ``RIVALS`` replaces by ``later`` settings, and a line for each."""
     left = dict(given)
     for key, value in later.items():
         for rival in RIVALS.get(key, ()):

@@ -460,9 +460,7 @@ def _make_special(backend: tokenizers.Tokenizer, texts: Iterable[str]) -> None:
 
 
 def _raise_unless_its_own(error: BaseException) -> None:
-    """Raises an error that is none of the ``tokenizers`` package, which raises a bare Exception or,
-    from its Rust code, a PanicException, which is no Exception.
-    """
+    """Raises an error that is none of ``tokenizers``, whose PanicException is no Exception."""
     is_theirs = isinstance(error, Exception) or type(error).__name__ == "PanicException"
     if isinstance(error, UserError) or not is_theirs:
         raise error

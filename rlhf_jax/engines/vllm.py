@@ -107,12 +107,7 @@ class VLLM(Completions):
         needs: str,
         form: Any = None,
     ) -> Any:
-        """Sends a POST and returns the reply, if it has a form.
-
-        Raises:
-            ServiceError: the request failed. If the server has no such path, or refuses it, the
-                message says how to start the server.
-        """
+        """Sends a POST; the reply if it has a form. A ServiceError says how to start the server."""
         try:
             return self.ask(path, form, body)
         except ServiceError as error:

@@ -169,9 +169,7 @@ def _magnitude(value: Any) -> float:
 
 
 def _bound_sympy() -> None:
-    """Powers and functions of numbers are checked before they are made, relations before they are
-    solved; and nothing is simplified.
-    """
+    """Powers, functions and relations are checked before they are made; nothing is simplified."""
     make_power = sympy.Pow.__new__
     make_function = DefinedFunction.__new__
     solve = grader.sympy_solve_and_compare

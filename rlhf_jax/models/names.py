@@ -56,9 +56,7 @@ _KINDS = ("full_attention", "sliding_attention")  # of layers, by whether they a
 
 
 class _Rope(NamedTuple):
-    """The keys of a rope_type in rope_scaling or rope_parameters, with the fields of
-    ``RopeScaling``.
-    """
+    """The keys of a rope_type in config.json, with the fields of ``RopeScaling``."""
 
     needed: Mapping[str, str]
     optional: Mapping[str, str] = {}

@@ -302,30 +302,23 @@ def fall(values: np.ndarray, *, size: int, part: float) -> tuple[np.ndarray, ...
         and more than noise explains; and the place of the highest mean before them.
     """
     means = _means(values, size)
-    best = means[..., :-size].argmax(axis=-1)
-    highest = means[..., :-size].max(axis=-1)
+    earlier = means[..., :-size]
+    best = earlier.argmax(axis=-1)
+    highest = earlier.max(axis=-1)
     # By how many standard errors noise alone parts the last mean from the highest of all earlier
     # ones in some row of a run: from simulated runs (docs/alerts.md). In the first rows the
     # standard error itself is of few.
     errors = 5 + 30 / values.shape[-1]
-    error = _error(values[..., :-size], size)
+    error = _noise(values[..., :-size]) / math.sqrt(size)
+    if earlier.shape[-1] >= 5 * size:  # of fewer all touch the rise at a run's start
+        # It is larger if errors of neighbours are alike.
+        error = np.maximum(error, _noise(earlier, size))
     # Of a task that was solved from the start all rows are equal until one answer is wrong, which
     # is no fall.
     is_new = np.ptp(values[..., :-size], axis=-1) == 0
     error = np.where(is_new, _noise(values[..., -size - 2 :]) / math.sqrt(size), error)
     noise = errors * math.sqrt(2) * error
     return means[..., -1], highest - np.maximum(part * (highest - means[..., 0]), noise), best
-
-
-def _error(values: np.ndarray, size: int) -> np.ndarray:
-    """The standard error of a mean of ``size`` rows, from the noise of the rows and of the means
-    that follow one another; the latter is larger if errors of neighbours are alike.
-    """
-    error = _noise(values) / math.sqrt(size)
-    means = _means(values, size)
-    if means.shape[-1] < 5 * size:  # too few that do not touch the rise at a run's start
-        return error
-    return np.maximum(error, _noise(means, size))
 
 
 def _means(values: np.ndarray, size: int) -> np.ndarray:

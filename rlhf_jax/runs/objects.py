@@ -174,9 +174,7 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def _source(value: Any) -> dict[str, str]:
-    """{"source sha256": ...}, or the hash of the code if there is no source. Empty for code of a
-    package whose version is recorded, and for a module or class without source.
-    """
+    """{"source sha256": ...}, of code without source its hash; empty for a package's code."""
     name = value.__name__ if isinstance(value, types.ModuleType) else _module_of(value)
     if _is_versioned(name):
         return {}

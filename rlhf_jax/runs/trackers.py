@@ -71,9 +71,7 @@ class _Client:
 
 
 class _TensorBoard:
-    """Event files for TensorBoard: scalars by the metrics' names; samples, alerts and settings as
-    texts.
-    """
+    """Event files for TensorBoard: metrics are scalars; samples, alerts and settings texts."""
 
     def __init__(self, folder: Path, config: Row, resume_step: int | None):
         logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)  # a metric may be NaN
