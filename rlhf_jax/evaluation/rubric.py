@@ -44,7 +44,15 @@ def score(prompt_row: Mapping[str, Any], response: str) -> float:
     num_words = sum(word.isalpha() for word in words)
     points -= PER_EXTRA_WORD * max(0, num_words - MAX_WORDS)
     quality = min(1.0, max(0.0, points))
-    return round(quality * _fluency(words), 4)
+    if len(words) < 3:
+        return 0.0
+    pairs = list(zip(["^", *words], words, strict=False))
+    known = sum(pair in _known_pairs() for pair in pairs) / len(pairs)
+    triples = list(zip(words, words[1:], words[2:], strict=False))
+    repeated = 1 - len(set(triples)) / len(triples)
+    language = max(0.0, 1 - 4 * (1 - known))
+    variety = max(0.0, 1 - 4 * repeated)
+    return round(quality * (language * variety), 4)
 
 
 def _parts(category: str, topic: Topic, words: list[str]) -> dict[str, float]:
@@ -86,18 +94,6 @@ def _parts(category: str, topic: Topic, words: list[str]) -> dict[str, float]:
 def _words(text: str) -> list[str]:
     """Lower-case words and punctuation marks; any other character is a word that no one knows."""
     return re.findall(r"[a-z]+|\S", text.lower())
-
-
-def _fluency(words: list[str]) -> float:
-    if len(words) < 3:
-        return 0.0
-    pairs = list(zip(["^", *words], words, strict=False))
-    known = sum(pair in _known_pairs() for pair in pairs) / len(pairs)
-    triples = list(zip(words, words[1:], words[2:], strict=False))
-    repeated = 1 - len(set(triples)) / len(triples)
-    language = max(0.0, 1 - 4 * (1 - known))
-    variety = max(0.0, 1 - 4 * repeated)
-    return language * variety
 
 
 @functools.cache

@@ -121,9 +121,7 @@ def _lines(
 
 
 def _take(out: Path, part_file: Path, settings: dict[str, Any]) -> int:
-    """The number of complete lines that are there already; all lines are in ``part_file`` then. An
-    incomplete last line, which a kill may leave, is removed.
-    """
+    """The number of complete lines, now all in ``part_file``; an incomplete last one is removed."""
     beside = out.with_name(f"{out.name}.settings.json")
     if not (out.exists() or part_file.exists()):
         with file_errors(beside, "written"):

@@ -495,7 +495,7 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _stored(leaf: Any) -> Any:
-    """The array that is written: a NumPy copy, or the array itself if several processes share."""
+    """The array that is written: a NumPy copy, or the array itself if processes share it."""
     if isinstance(leaf, np.ndarray | np.generic):
         return np.array(leaf)
     numbers = jax.random.key_data(leaf) if _is_key(leaf) else leaf
