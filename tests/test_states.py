@@ -14,9 +14,10 @@ import pytest
 import scipy.special
 import tabular
 from builders import ROOT, goes_on_alike, letters_run, slow, with_rl
+from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_allclose, assert_array_equal
 
-from rlhf_jax import TrainState, losses, ops, rewards, training
+from rlhf_jax import TrainState, losses, ops, rewards, sharding, training
 from rlhf_jax.algorithms import curriculum, grpo, replay, safe_rlhf, self_distill, spo
 from rlhf_jax.errors import UserError
 from rlhf_jax.types import Rollout
@@ -477,6 +478,34 @@ def test_other_prompts_stand_before_the_same_responses():
     assert np.isnan(extras["teacher_mask"][2]).all()
     with pytest.raises(UserError, match="hint: a prompt of 4 tokens, and the policy's has 3 slots"):
         rewards.on_host(reward, batch, {"hint": ["abc", "abcd", "b"]})
+
+
+# --- Devices
+
+
+@pytest.mark.parametrize("algorithm", [safe_rlhf, spo, slow(curriculum)], ids=names)
+def test_devices_share_the_state(algorithm):
+    """Rows of one prompt on two devices too, and a device of missing rows alone."""
+    scores = [1.0, 0.2, 0.4, 0.9, 0.0, 0.3, 0.5, 0.1]
+    batch = batch_of(scores, [0, 0, 1, 1, 2, 2, 0, 0], (4, 2, 3, 1, 0, 0, 2, 4))
+    batch = replace(batch, extras={"cost": jnp.arange(8.0) - 2.0})
+    config = algorithm.Config(**{} if algorithm is spo else {"group_size": 2})
+    how = {"prompts": 3} if algorithm is not safe_rlhf else {}
+    state = algorithm.State.create(tabular.policy_params(0), HOW["optimizer"], **how)
+    if algorithm is not safe_rlhf:
+        state = replace(state, moved=jnp.float32(0.01))
+    expected, metrics, _ = moved(algorithm, state, batch, config)
+    mapped = jax.shard_map(
+        functools.partial(algorithm.update, config=config, axis_name="data", **HOW),
+        mesh=sharding.make_mesh(4),
+        in_specs=(P(), P("data"), P()),
+        out_specs=P(),
+    )
+    found, of_devices = jax.jit(mapped)(state, batch, KEY)
+    jax.tree.map(functools.partial(assert_allclose, **EXACT), found, expected)
+    for name in ("spo/distance", "safe/multiplier", "loss"):
+        if name in metrics:
+            assert_allclose(of_devices[name], metrics[name], **EXACT)
 
 
 # --- Runs
