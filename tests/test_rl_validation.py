@@ -196,16 +196,16 @@ def test_several_answers_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("texts", "expected"),
+    ("texts", "right", "expected"),
     [
-        (["7", "8", "9"], 1 / 3),
-        (["7", "8", "8"], 0),
-        (["7", "8.0", "8"], 0),  # as numbers they are one
-        (["7", " 7", "8"], 1),
+        (["7", "8", "9"], [1, 0, 0], 1 / 3),
+        (["7", "8", "8"], [1, 0, 0], 0),
+        (["7", "8.0", "8"], [1, 0, 0], 0),  # as numbers they are one
+        (["7", "3 4", "8"], [1, 1, 0], 1),  # so are all that the reward calls right
     ],
 )
-def test_a_majority_is_of_equal_answers(texts, expected):
-    right = np.float32([float(text.strip() == "7") for text in texts])
+def test_a_majority_is_of_equal_answers(texts, right, expected):
+    right = np.float32(right)
     found = sampled_answers(texts, [0, 0, 0], right, {"math": right})
     assert found["validation/maj@3"] == pytest.approx(expected)
 
