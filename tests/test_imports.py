@@ -112,7 +112,8 @@ def test_the_science_imports_few_packages():
 
 
 def test_no_folder_is_crowded():
-    for folder in {path.parent for path in FILES} - {PACKAGE}:
+    # Of algorithms each file is a method by itself.
+    for folder in {path.parent for path in FILES} - {PACKAGE, PACKAGE / "algorithms"}:
         modules = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
         assert len(modules) <= 18, folder
 
