@@ -47,6 +47,7 @@ def rl_job(*, settings=None, own=None, inputs=None, programs=None, folder=None, 
                     shard=lambda batch: batch, copy=lambda tree: tree, sampling_mesh=None
                 ),
                 folder=SimpleNamespace(samples=folder and folder / "samples.jsonl"),
+                name="vpg",
                 key=lambda name: jax.random.key(7),
                 config=RunConfig(),
             ),

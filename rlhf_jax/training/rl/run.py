@@ -189,8 +189,7 @@ def choose_rows(job: Job, state: LoopState, step: int) -> np.ndarray:
     chosen = np.asarray(processes.fetch(job.programs.choose(state.train, key, rows=train_rows)))
     others = np.setdiff1d(chosen, train_rows)
     if len(others):
-        name = job.method.algorithm.__name__
-        raise UserError(f"{name}.choose: data row {others[0]} is no prompt to train on")
+        raise UserError(f"{job.run.name}.choose: data row {others[0]} is no prompt to train on")
     return chosen.reshape(job.schedule.samplings, -1)
 
 
@@ -207,7 +206,7 @@ def _update_arguments(job: Job, rollout: Rollout, key: jax.Array) -> tuple[Rollo
         if name not in given or given[name].ndim != ("row", "token").index(kind) + 1:
             found = [f"{key} (of each {('row', 'token')[x.ndim - 1]})" for key, x in given.items()]
             raise UserError(
-                f"{job.method.algorithm.__name__} reads {name} of each {kind}, a component of the "
+                f"{job.run.name} reads {name} of each {kind}, a component of the "
                 f"reward or an extra of the environment; there are {', '.join(found) or 'none'}"
             )
     extras = {name: given[name] for name in wanted} or None
