@@ -290,7 +290,7 @@ ROLLOUTS = [
 CLIPPED = [
     ({"kl_loss_estimator": "k1"}, "use it in the reward"),
     ({"kl_loss_estimator": "k4"}, "k1, k2, k3"),
-    ({"surrogate": "ppo"}, "surrogate must be one of clip, cispo, sapo, vespo, got 'ppo'"),
+    ({"surrogate": "ppo"}, "surrogate must be one of clip, cispo, sapo, vespo, gmpo, got 'ppo'"),
     (
         {"surrogate": "cispo", "dual_clip": 3.0},
         "dual_clip: only for the surrogate 'clip', not 'cispo'",
