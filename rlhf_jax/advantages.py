@@ -121,7 +121,8 @@ def max_likelihood(scores: Array, mask: Array | None = None) -> Array:
     ``sum_(k = 1 .. G - 1) pass@k / k``, the first terms of the series of ``log(pass@1)``.
 
     Args:
-      scores: [N, G], at least 0; the paper has 0 and 1.
+      scores: [N, G]; the paper has 0 and 1. A group with one below 0 is NaN, so that the step
+        reports ``nonfinite``: divided by a negative mean its best answer would be the worst.
       mask: [N, G], non-zero where the answer is present; None means all are.
 
     Returns:
@@ -129,7 +130,9 @@ def max_likelihood(scores: Array, mask: Array | None = None) -> Array:
     """
     differences, _ = _centred(scores, mask)
     mean = ops.masked_mean(scores, _present(scores, mask), axis=1, keepdims=True)
-    return jnp.where(mean == 0, 0.0, differences / jnp.where(mean == 0, 1.0, mean))
+    advantages = jnp.where(mean == 0, 0.0, differences / jnp.where(mean == 0, 1.0, mean))
+    is_negative = jnp.any(_present(scores, mask) & (scores < 0), axis=1, keepdims=True)
+    return jnp.where(is_negative, jnp.nan, advantages)
 
 
 def pass_at_k(scores: Array, k: int, mask: Array | None = None) -> Array:

@@ -591,7 +591,13 @@ def iterate(
     if respond_as is None:
         sampled = respond(policy, prompts, sample_key, model=model, config=how)
     else:
-        by = (policy, None if ref_fn is None else policies.as_policy(ref_fn).bound[-1])
+        bound = () if ref_fn is None else policies.as_policy(ref_fn).bound
+        if not bound:
+            raise ValueError(
+                "the algorithm says what samples, and may sample with the reference: give "
+                "ref_fn=policy_fn.bind(params)"
+            )
+        by = (policy, bound[-1])
         own: Any = {"algorithm": algorithm, "settings": config}
         sampled = respond_by(by, prompts, sample_key, model=model, config=how, **own)
     batch = rollout.rescore(sampled, state.params, policy_fn=policy_fn, ref_fn=ref_fn)

@@ -55,6 +55,13 @@ def test_pass_at_k_is_its_formula(n, k):
     assert_array_equal(found[2], 0)
 
 
+def test_a_group_with_a_negative_reward_has_no_likelihood():
+    found = advantages.max_likelihood(jnp.array([[-1.0, 1.0], [0.0, 1.0], [0.5, 1.0]]))
+    assert_array_equal(np.isnan(found), [[True] * 2, [False] * 2, [False] * 2])
+    mask = jnp.array([[0, 1, 1]])
+    assert_array_equal(advantages.max_likelihood(jnp.array([[-5.0, 0, 1]]), mask), [[0, -1, 1]])
+
+
 def test_max_likelihood_is_its_formula():
     scores = np.array([[1, 0, 0, 1], [0, 0, 0, np.nan], [3, 1, 5, np.nan], [1, 1, 1, 1]])
     mask = np.array([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1]])
@@ -283,10 +290,16 @@ def test_the_mean_of_the_batch_is_over_all_devices(name):
 
 def test_what_an_update_needs_is_named():
     """Also that advantages are not overwritten, and what GDPO's run must bring."""
-    config = gdpo.Config(group_size=4, components=("correct", "tone"))
+    config = gdpo.Config(group_size=4, components=("correct", "tone"), weights=(1.0, 1.0))
     assert config.extras == {"correct": "row", "tone": "row"}
     with pytest.raises(ValueError, match=r"rollout\.extras\['tone'\] is needed"):
         gdpo.prepare(of_four(), config=config)
+    with pytest.raises(ValueError, match="weights: give one for each of components, 2, got 0"):
+        gdpo.Config(components=("correct", "tone"))
+    with pytest.raises(ValueError, match="components: name those of the reward"):
+        gdpo.prepare(of_four(), config=gdpo.Config(group_size=4))
+    with pytest.raises(ValueError, match="k must be at most 4, got 5"):
+        pass_at_k.Config(group_size=4, k=5)
     with pytest.raises(ValueError, match="group_size must be at least 2, got 1"):
         rloo.Config(baseline="both", group_size=1)
     for module, settings in METHODS.values():

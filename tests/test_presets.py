@@ -188,7 +188,13 @@ def test_a_run_scores_a_reference_where_the_loss_reads_one(kind):
 
 
 PARTS = {
-    "gdpo": ["--reward", "count:e", "length", "--gdpo.components", "count:e", "length"],
+    "gdpo": [
+        *("--reward", "count:e", "length", "--gdpo.components", "count:e", "length"),
+        *("--gdpo.weights", "1", "-1"),
+    ],
+    "nash_md": ["--nash-md.preference", "scores"],
+    "spo": ["--reward", "count:e*0.01"],
+    "curriculum": ["--reward", "count:e*0.01"],
     "safe_rlhf": ["--safe-rlhf.cost", "length", "--reward", "count:e", "length*0"],
 }
 

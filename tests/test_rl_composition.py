@@ -46,7 +46,7 @@ def test_a_check_of_memory_has_silent_parts():
     scores, extras = inputs.reward.host(rollout, {})
     assert scores.tolist() == [0.0, 0.0]
     assert {name: x.shape for name, x in extras.items()} == {"cost": (2,), "step_end": (2, 3)}
-    assert inputs.environment.fn([], {}) is None
+    assert inputs.environment.fn([], {}) == (None, 0.0, {"step_end": 0.0})
     assert inputs.guard is None
     np.testing.assert_array_equal(inputs.ask_teacher(rollout), np.zeros((2, 3)))
 

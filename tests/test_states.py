@@ -99,9 +99,8 @@ def test_safe_rlhf_is_its_formula():
     state = replace(state, log_multiplier=jnp.float32(np.log(1.5)))
     after, metrics, gradient = moved(safe_rlhf, state, batch, config)
 
-    # The paper: rewards less the penalty, costs plus the penalty.
     scores = np.asarray(batch.scores, np.float64)
-    rewards_, costs = scores - penalty, cost + penalty
+    rewards_, costs = scores - penalty, cost
 
     def others(x, row, group):
         return x[row] - np.mean([x[i] for i in group if i != row])
@@ -124,11 +123,11 @@ def test_safe_rlhf_is_its_formula():
 
 def constrained(reward, cost, reference, limit, coef):
     """The policy of Safe RLHF's saddle point and its multiplier, by bisection: for each multiplier
-    the optimum is reference * exp((r - m c) / ((1 + m) coef)), normalised.
+    the optimum is reference * exp((r - m c) / coef), normalised.
     """
 
     def best(multiplier):
-        tilt = (reward - multiplier * cost) / ((1.0 + multiplier) * coef)
+        tilt = (reward - multiplier * cost) / coef
         return scipy.special.softmax(np.log(reference) + tilt)
 
     low, high = 0.0, 5.0
@@ -148,8 +147,8 @@ def test_safe_rlhf_finds_the_constrained_optimum():
     unsafe, _ = constrained(reward, cost, reference, 10.0, 0.15)
     assert unsafe @ cost > 0.2
     assert 0.3 < multiplier < 0.7
-    optimizer = optax.adam(optax.linear_schedule(0.05, 0.0, 300))
-    config = safe_rlhf.Config(group_size=4, multiplier_rate=0.3, limit=-0.2)
+    optimizer = optax.adam(optax.linear_schedule(0.05, 0.0, 600))
+    config = safe_rlhf.Config(group_size=4, limit=-0.2)
     mask = jnp.tile(jnp.array([[0, 1]]), (1024, 1))
 
     def iteration(state, key):
@@ -167,7 +166,7 @@ def test_safe_rlhf_finds_the_constrained_optimum():
 
     start = safe_rlhf.State.create(params, optimizer)
     state, _ = jax.jit(lambda s, keys: jax.lax.scan(iteration, s, keys))(
-        start, jax.random.split(KEY, 300)
+        start, jax.random.split(KEY, 600)
     )
     learnt = scipy.special.softmax(np.asarray(state.params["logits"][0], np.float64))
     assert 0.5 * np.abs(learnt - optimum).sum() < 0.02
@@ -185,19 +184,21 @@ def spo_state(params, alpha, beta, seen, distance):
 
 
 def test_spo_is_its_formula():
-    """Two answers to prompt 2, none to prompt 1, a missing row of prompt 3, which stays; a reward
-    of 1.4, which the record counts as 1.
+    """Two answers to prompt 2, none to prompt 1, a missing row of prompt 3, which stays; a penalty
+    of .1 in the reward of a right answer, which the record does not see.
     """
     params = tabular.policy_params(0)
     alpha, beta = [3.0, 1.0, 0.5, 2.0, 4.0], [1.0, 1.0, 0.5, 6.0, 2.0]
     seen = [0.0, 0.1, 0.24, 0.1, 0.235]
     state = spo_state(params, alpha, beta, seen, 0.25)
-    batch = batch_of([1.0, 0.0, 0.25, 1.4, 7.0], [0, 2, 2, 4, 3], (4, 2, 3, 4, 0))
+    batch = batch_of([1.0, 0.0, 0.25, 1.0, 7.0], [0, 2, 2, 4, 3], (4, 2, 3, 4, 0))
+    shaped = batch.scores - jnp.array([0.0, 0.0, 0.0, 0.1, 0.0])
+    batch = replace(batch, rewards=ops.at_end(shaped, batch.response_mask))
     batch = on_policy(params, batch)
     after, metrics, gradient = moved(spo, state, batch, spo.Config())
 
     values = np.array([0.75, 0.5, 0.5, 0.25, 4.0 / 6.0])
-    gaps = np.array([1.0, 0.0, 0.25, 1.4]) - values[[0, 2, 2, 4]]
+    gaps = np.array([1.0, 0.0, 0.25, 0.9]) - values[[0, 2, 2, 4]]
     advantage = np.append((gaps - gaps.mean()) / gaps.std(), 0.0)
     weights = advantage[:, None] * np.asarray(batch.mask)
     assert_allclose(
@@ -225,6 +226,31 @@ def test_spo_forgets_little_of_a_policy_that_hardly_moved():
     state = spo_state(params, [2.0, 2.0], [2.0, 2.0], [0.25, 0.25], 0.25)
     after, _, _ = moved(spo, state, batch, spo.Config())
     assert_allclose(after.alpha, [0.96 * 2 + 1, 0.96 * 2], rtol=1e-6)
+
+
+@pytest.mark.parametrize("module", [spo, curriculum], ids=names)
+@pytest.mark.parametrize("score", [1.4, -0.1])
+def test_scores_that_are_no_rates_of_success_stop_the_run(module, score):
+    params = tabular.policy_params(0)
+    batch = on_policy(params, batch_of([score, 0.0, 1.0, 0.5], [0, 0, 1, 1], (4, 2, 3, 4)))
+    config = module.Config() if module is spo else module.Config(group_size=2, kl_loss_coef=0.0)
+    after, metrics, _ = moved(
+        module, spo_state(params, [1.0] * 2, [1.0] * 2, [0.0] * 2, 0.0), batch, config
+    )
+    assert metrics["nonfinite"] == 1
+    assert_array_equal(after.alpha, [1.0, 1.0])
+
+
+def test_a_clipped_score_does_not_reverse_what_safe_rlhf_prefers():
+    """The rewards of a run may be other than scores minus a penalty."""
+    params = tabular.policy_params(0)
+    batch = on_policy(params, batch_of([0.0, 1, 10, 20], [0] * 4, (4, 2, 3, 4)))
+    batch = replace(batch, extras={"cost": jnp.zeros(4)})
+    batch = replace(batch, rewards=ops.at_end(jnp.clip(batch.scores, -1, 1), batch.response_mask))
+    state = safe_rlhf.State.create(params, HOW["optimizer"])
+    prepared = safe_rlhf.prepare(batch, state=state, config=safe_rlhf.Config(group_size=4))
+    found = np.asarray(prepared.advantages)[:, 3]
+    assert_allclose(found, np.array([-1, 1 / 3, 1 / 3, 1 / 3]) / 2, atol=1e-6)
 
 
 def test_a_step_that_is_not_finite_changes_no_record():

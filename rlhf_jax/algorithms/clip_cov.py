@@ -30,6 +30,12 @@ class Config(grpo.Config):
     kl_loss_coef: float = 0.0
     """Weight of the KL term from the reference in the loss."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ops.check_choice("kind", self.kind, Literal["clip", "kl"])
+        ops.check_numbers(self, "share", at_least=0, at_most=1)
+        ops.check_numbers(self, "cov_low", at_most=self.cov_high)
+
 
 def loss(
     params: Params, rollout: Rollout, key: jax.Array, *, policy_fn: PolicyFn, config: Config

@@ -4,12 +4,15 @@ Difficulty Filtering for Reasoning Oriented Reinforcement Learning", arXiv 2504.
 The variance of success, p (1 - p), bounds from below what a step can gain. The paper samples more
 prompts than it keeps; here the pass rate p of each prompt is tracked, as in ``spo`` with a constant
 rho, and prompts are drawn in proportion to ``sqrt(p (1 - p)) + exploration``: nothing is sampled in
-vain. Rewards are from 0 to 1.
+vain. Scores are from 0 to 1.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import jax.numpy as jnp
+
+from rlhf_jax import ops
 from rlhf_jax.algorithms import grpo, policy, spo
 from rlhf_jax.types import Rollout
 
@@ -25,10 +28,18 @@ class Config(grpo.Config):
     half_life = 1.0  # of ``spo``: no setting, the distance stays 0
     rho = property(lambda self: (self.decay, self.decay))
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ops.check_numbers(self, "decay", at_least=0, at_most=1)
+        ops.check_numbers(self, "exploration", above=0)
+
 
 def prepare(rollout: Rollout, *, state: spo.State, **how: Any) -> Rollout:
-    """``grpo.prepare``, whose baselines need no state."""
-    return grpo.prepare(rollout, **how)
+    """``grpo.prepare``, whose baselines need no state; NaN where scores are no rates of success."""
+    prepared = grpo.prepare(rollout, **how)
+    unknown = jnp.where(jnp.isnan(spo.outcomes(rollout)), jnp.nan, 0.0)
+    advantages = policy.field(prepared, "advantages") + unknown[:, None]
+    return replace(prepared, advantages=advantages)
 
 
 State = spo.State

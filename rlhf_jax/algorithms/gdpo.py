@@ -17,10 +17,18 @@ from rlhf_jax.types import AxisName, Rollout
 class Config(grpo.Config):
     """GRPO with each component of the reward normalised."""
 
-    components: tuple[str, ...] = ("correct", "format")
-    """Names of the reward's components, as in the metrics reward/NAME."""
-    weights: tuple[float, ...] = (1.0, 1.0)
+    components: tuple[str, ...] = ()
+    """Names of the reward's components, as in the metrics reward/NAME; at least one."""
+    weights: tuple[float, ...] = ()
     """Of the normalised components, one each; weights of the reward's entries do not count."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.components) != len(self.weights):
+            raise ValueError(
+                f"weights: give one for each of components, {len(self.components)}, got "
+                f"{len(self.weights)}; the weights of the reward, and their signs, are not read"
+            )
 
     @property
     def extras(self) -> dict[str, Literal["row", "token"]]:  # type: ignore[override]
@@ -35,6 +43,8 @@ def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName = None) -> 
     read.
     """
     policy.check_unprepared(rollout)
+    if not config.components:
+        raise ValueError("components: name those of the reward, and give their weights")
     total = jnp.zeros(len(rollout.tokens))
     for name, weight in zip(config.components, config.weights, strict=True):
         values = policy.extra(rollout, name).reshape(-1, config.group_size)

@@ -5,7 +5,7 @@ climbs ``log(pass@1)`` up to order G - 1, in which hard prompts weigh more than 
 
 from dataclasses import dataclass
 
-from rlhf_jax import advantages, losses
+from rlhf_jax import advantages, losses, ops
 from rlhf_jax.algorithms import policy, rloo
 from rlhf_jax.types import AxisName, Rollout
 
@@ -19,10 +19,14 @@ class Config(policy.Config):
     aggregate: losses.Aggregation = "sum"
     """How losses of tokens become one number; sum: the objective's gradient."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ops.check_numbers(self, "group_size", at_least=2)
+
 
 def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName = None) -> Rollout:
     """As ``rloo.prepare``, with ``advantages.max_likelihood`` of the rewards of rows, which are to
-    be 0 or 1: a KL penalty in the reward makes others of them.
+    be 0 or 1: a KL penalty in the reward makes others of them, and one below 0 ends the run.
     """
     return policy.with_group_advantages(rollout, config.group_size, advantages.max_likelihood)
 

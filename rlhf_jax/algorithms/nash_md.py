@@ -2,8 +2,9 @@
 REINFORCE with the probability that an answer is preferred to one of the mixture of policy and
 reference, ``policy^(1 - mixture) * reference^mixture`` for each token, minus a baseline of 1/2.
 
-The KL to the reference is a term of the loss (tau is ``kl_loss_coef``). The fixed point is the
-regularised Nash equilibrium. Rows of the mixture do not learn.
+The KL to the reference is a term of each token's loss (tau is ``kl_loss_coef``). For answers of one
+token and ``mixture`` 0 the fixed point is the regularised Nash equilibrium. Rows of the mixture do
+not learn.
 """
 
 from dataclasses import dataclass, replace
@@ -33,6 +34,7 @@ class Config(policy.Config):
     """wins: rewards are shares of comparisons that are won (pairs:SPEC); scores: the probability is
     the sigmoid of the difference of two rewards, as of a reward model."""
     group_size = 2  # no setting
+    kl_in_loss = True  # the reference is there, whatever the coefficient
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,9 +57,10 @@ def prepare(rollout: types.Rollout, *, config: Config, axis_name: Any = None) ->
     """
     policy.check_unprepared(rollout)
     scores = policy.row_rewards(rollout).reshape(-1, 2)
-    wins = scores[:, 0]
+    # Shares of one comparison add up to 1; other rewards are none, and NaN stops the run.
+    wins = jnp.where(jnp.abs(jnp.sum(scores, axis=1) - 1.0) < 1e-3, scores[:, 0], jnp.nan)
     if config.preference == "scores":
-        wins = jax.nn.sigmoid(wins - scores[:, 1])
+        wins = jax.nn.sigmoid(scores[:, 0] - scores[:, 1])
     both = jnp.all(rollout.present.reshape(-1, 2), axis=1)
     learns = jnp.stack([both, jnp.zeros_like(both)], axis=1).reshape(-1, 1)
     own = replace(rollout, response_mask=jnp.where(learns, rollout.response_mask, 0))

@@ -22,6 +22,10 @@ class Config(policy.Config):
     group_size: int = 8
     """Answers to each prompt, in adjacent rows of the rollout."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ops.check_numbers(self, "group_size", at_least=2)
+
 
 def sum_squares(logits: Array) -> Array:
     """``sum_v p_v^2`` [...] of the softmax p of logits [..., V]."""

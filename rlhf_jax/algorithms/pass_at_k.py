@@ -5,7 +5,7 @@
 from dataclasses import dataclass
 from functools import partial
 
-from rlhf_jax import advantages, losses
+from rlhf_jax import advantages, losses, ops
 from rlhf_jax.algorithms import policy, rloo
 from rlhf_jax.types import AxisName, Rollout
 
@@ -20,6 +20,10 @@ class Config(policy.Config):
     """Of so many answers the best counts, from 2 to group_size."""
     aggregate: losses.Aggregation = "sum"
     """How losses of tokens become one number; sum: the objective's gradient."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ops.check_numbers(self, "k", at_least=2, at_most=self.group_size)
 
 
 def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName = None) -> Rollout:

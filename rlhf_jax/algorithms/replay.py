@@ -41,7 +41,7 @@ class State(TrainState):
     buffer: dict[str, Array]  # [KEPT * rows, columns] each
 
     @classmethod
-    def create(cls, params: Params, optimizer: Any, rows: int = 0, columns: int = 0) -> Self:
+    def create(cls, params: Params, optimizer: Any, rows: int, columns: int) -> Self:
         """An empty buffer."""
         shape = (KEPT * rows, columns)
         buffer = {name: jnp.zeros(shape, jnp.int32) for name in IDS}

@@ -2,8 +2,9 @@
 below a limit, by a Lagrange multiplier that moves with the policy.
 
 ``A = (A_r - lambda A_c) / (1 + lambda)``, then ``log lambda += rate lambda (mean cost - limit)``.
-Penalties such as the KL's are taken from the reward and added to the cost: they keep their weight.
-The advantages are those of ``rloo``; the paper has value functions and GAE. Lambda starts at 1.
+Penalties such as the KL's are part of the reward, and lambda weakens them with it; the authors'
+code adds half of the KL to the cost too. The advantages are those of ``rloo``; the paper has value
+functions and GAE. Lambda starts at 1.
 """
 
 from dataclasses import dataclass, replace
@@ -33,6 +34,11 @@ class Config(rloo.Config):
     multiplier_max: float = 5.0
     """The largest multiplier."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ops.check_numbers(self, "multiplier_max", above=0)
+        ops.check_numbers(self, "multiplier_rate", at_least=0)
+
     @property
     def extras(self) -> dict[str, Any]:  # type: ignore[override]
         """The cost, one of each row."""
@@ -50,10 +56,8 @@ def prepare(rollout: Rollout, *, state: State, config: Config, **how: Any) -> Ro
     """``rloo.prepare`` of the combined rewards; dense rewards count as their sum."""
     cost = policy.extra(rollout, config.cost)
     mask = jnp.where(jnp.isnan(cost)[:, None], 0, rollout.response_mask)
-    scores = policy.field(rollout, "scores", ndim=1)
     weight = jnp.exp(state.log_multiplier)
-    penalties = scores - policy.row_rewards(rollout)
-    combined = (scores - weight * cost) / (1.0 + weight) - penalties
+    combined = (policy.row_rewards(rollout) - weight * cost) / (1.0 + weight)
     known = replace(rollout, response_mask=mask, rewards=ops.at_end(combined, mask), dense=False)
     return rloo.prepare(known, config=config, **how)
 

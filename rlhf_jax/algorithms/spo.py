@@ -2,7 +2,7 @@
 compared with the prompt's own record.
 
 ``v = alpha / (alpha + beta)``, ``A = r - v`` whitened over the batch; then ``alpha = rho alpha +
-r``, ``beta = rho beta + 1 - r``, ``rho = 2^(-D / half_life)`` within its bounds. Rewards are from 0
+r``, ``beta = rho beta + 1 - r``, ``rho = 2^(-D / half_life)`` within its bounds. Scores are from 0
 to 1. D, the mean ``|log-ratio|`` of a token to the policy that answered the prompt last, is added
 up over the updates since, each on its own rollout; the authors' code measures it on the old answer.
 """
@@ -31,6 +31,12 @@ class Config(policy.Config):
     exploration: float = 0.05
     """Prompts are drawn in proportion to sqrt(v (1 - v)) plus this."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ops.check_numbers(self, "half_life", "exploration", above=0)
+        ops.check_number("rho", self.rho[0], at_least=0, at_most=self.rho[1])
+        ops.check_number("rho", self.rho[1], at_most=1)
+
 
 @flax.struct.dataclass
 class State(TrainState):
@@ -42,26 +48,36 @@ class State(TrainState):
     moved: Array  # [] nats per token, summed over all updates
 
     @classmethod
-    def create(cls, params: Params, optimizer: Any, prompts: int = 0) -> Self:
+    def create(cls, params: Params, optimizer: Any, prompts: int) -> Self:
         """All prompts at 1/2, by one answer."""
         half = jnp.full(prompts, 0.5)
         start = vars(TrainState.create(params, optimizer))
         return cls(**start, alpha=half, beta=half, seen=0.0 * half, moved=jnp.zeros(()))
 
 
+def outcomes(rollout: Rollout) -> Array:
+    """[B] the scores, before penalties; NaN outside [0, 1], so that the step reports
+    ``nonfinite``: they are no rates of success.
+    """
+    scores = policy.field(rollout, "scores", ndim=1)
+    is_rate = (scores >= 0) & (scores <= 1) | ~rollout.present
+    return jnp.where(is_rate, scores, jnp.nan)
+
+
 def prepare(rollout: Rollout, *, state: State, config: Config, axis_name: AxisName) -> Rollout:
     """The rollout with ``advantages`` [B, T], the same for all response tokens of a row."""
     policy.check_unprepared(rollout)
     values = state.alpha / (state.alpha + state.beta)
-    gaps = policy.row_rewards(rollout) - values[policy.field(rollout, "row_ids", ndim=1)]
+    rewards = jnp.where(jnp.isnan(outcomes(rollout)), jnp.nan, policy.row_rewards(rollout))
+    gaps = rewards - values[policy.field(rollout, "row_ids", ndim=1)]
     return policy.spread(ops.whiten(gaps, rollout.present, axis_name=axis_name), rollout)
 
 
 def advance(state: State, prepared: Rollout, *, config: Config, axis_name: AxisName) -> State:
     """The state with the record of the prompts that were answered."""
-    reward = jnp.clip(policy.row_rewards(prepared), 0.0, 1.0)
-    outcomes = ops.masked(jnp.stack([reward, 1.0 - reward], axis=1), prepared.present[:, None])
-    sums = jnp.zeros((len(state.alpha), 2)).at[prepared.row_ids].add(outcomes)
+    reward = outcomes(prepared)
+    counted = ops.masked(jnp.stack([reward, 1.0 - reward], axis=1), prepared.present[:, None])
+    sums = jnp.zeros((len(state.alpha), 2)).at[prepared.row_ids].add(counted)
     right, wrong = ops.psum(sums, axis_name).T
     is_answered = right + wrong > 0
     rho = jnp.clip(jnp.exp2((state.seen - state.moved) / config.half_life), *config.rho)

@@ -74,7 +74,8 @@ class Inputs(NamedTuple):
         """
         environment = self.environment
         if environment is not None:
-            environment = environment._replace(fn=lambda conversation, row: None)
+            of_tokens = {name: 0.0 for name, kind in extras.items() if kind == "token"}
+            environment = environment._replace(fn=lambda talk, row: (None, 0.0, of_tokens))
         reward = self.reward
         if reward.host is not None:
 

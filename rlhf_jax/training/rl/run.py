@@ -207,7 +207,8 @@ def _update_arguments(job: Job, rollout: Rollout, key: jax.Array) -> tuple[Rollo
             found = [f"{key} (of each {('row', 'token')[x.ndim - 1]})" for key, x in given.items()]
             raise UserError(
                 f"{job.run.name} reads {name} of each {kind}, a component of the "
-                f"reward or an extra of the environment; there are {', '.join(found) or 'none'}"
+                "reward (of several entries each is one, such as A 'B*0') or an extra of the "
+                f"environment; there are {', '.join(found) or 'none'}"
             )
     extras = {name: given[name] for name in wanted} or None
     rollout = replace(rollout, group_ids=None, extras=extras)
