@@ -203,7 +203,7 @@ class Bench:
         )
         reference = Partial(self.policy_fn, begun)
         options: Any = {"policy_fn": self.policy_fn}
-        options["config"] = SimpleNamespace(**lane._asdict())
+        options["config"] = SimpleNamespace(**lane._asdict(), kind="kto")
 
         def step(state: TrainState, numbers: Array) -> tuple[TrainState, Array]:
             batch = kto.with_reference(jax.tree.map(lambda x: x[numbers], rows), reference)

@@ -33,8 +33,9 @@ from rlhf_jax import (
     training,
 )
 from rlhf_jax.algorithms import policy
-from rlhf_jax.cli.stages import find_method
-from rlhf_jax.config import Compute, RLStage, RunConfig
+from rlhf_jax.cli import commands
+from rlhf_jax.cli.stages import find_method, method_names
+from rlhf_jax.config import Compute, RLStage, RunConfig, parse
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.training.common.layout import layout_of
@@ -533,5 +534,11 @@ def test_an_iteration_samples_as_its_algorithm_says():
 
 def test_a_command_is_a_stage_or_a_method():
     assert find_method("gspo") is None
+    assert find_method("nash-md").__name__ == "rlhf_jax.algorithms.nash_md"
+    assert {"maxrl", "spo"} < set(method_names())
+    with pytest.raises(UserError, match=r"no command 'maxr'; did you mean maxrl\?"):
+        commands.run(["maxr"])
+    with pytest.raises(UserError, match=r"unknown key maxrl; these are settings of .*jax maxrl`"):
+        parse(RunConfig, ["--config", "tiny", "maxrl"])
     for name in ("policy", "step", "reward_model", "reward-model", "../ppo", "ppo.x", "ppo", ""):
         assert find_method(name) is None

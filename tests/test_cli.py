@@ -27,12 +27,13 @@ from rlhf_jax import cli, config, models, training
 from rlhf_jax.cli import doctor
 from rlhf_jax.cli.commands import COMMANDS
 from rlhf_jax.cli.console import print_table
-from rlhf_jax.cli.stages import STAGES
+from rlhf_jax.cli.stages import STAGES, method_names
 from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import Stopped, TrainingFault, UserError
 from rlhf_jax.report import records, verdict
 
 NAMES = [*STAGES, *COMMANDS]
+KNOWN = [*NAMES, *method_names()]
 
 
 def test_data_demo_writes_the_pipelines_files(tmp_path, capsys):
@@ -56,9 +57,10 @@ def test_data_demo_writes_the_pipelines_files(tmp_path, capsys):
     ],
 )
 def test_an_unknown_command_lists_those_there_are(argv, meant):
+    """Methods too, which have no line of help."""
     hint = f"; did you mean {meant}?" if meant else ""
     with pytest.raises(
-        UserError, match=re.escape(f"'{argv}'{hint}\nThere are: {', '.join(NAMES)}") + "$"
+        UserError, match=re.escape(f"'{argv}'{hint}\nThere are: {', '.join(KNOWN)}") + "$"
     ):
         cli.run(argv.split())
 

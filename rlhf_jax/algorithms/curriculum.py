@@ -37,7 +37,7 @@ class Config(grpo.Config):
 def prepare(rollout: Rollout, *, state: spo.State, **how: Any) -> Rollout:
     """``grpo.prepare``, whose baselines need no state; NaN where scores are no rates of success."""
     prepared = grpo.prepare(rollout, **how)
-    unknown = jnp.where(jnp.isnan(spo.outcomes(rollout)), jnp.nan, 0.0)
+    unknown = jnp.where(jnp.isnan(policy.outcomes(rollout)), jnp.nan, 0.0)
     advantages = policy.field(prepared, "advantages") + unknown[:, None]
     return replace(prepared, advantages=advantages)
 

@@ -112,11 +112,11 @@ class Config(Batching):
     tokens (GSPO); product: their product.
     """
     gate: losses.Gate = "none"
-    """Drop the policy loss of tokens that have moved too far: tv, kl: by the total variation, or
+    """Drop the policy loss of tokens that moved too far. tv, kl: by the total variation, or
     KL, of the token's probability (DPPO); drift: of whole rows with a negative advantage.
     """
     gate_limit: float = 0.15
-    """How far is too far for the gate: usual are 0.15 with tv, 0.05 nats with kl, and 0.5 nats, the
+    """How far is too far for the gate. Usual are 0.15 with tv, 0.05 nats with kl, and 0.5 nats, the
     mean over the row, with drift."""
 
     def __post_init__(self) -> None:
@@ -165,6 +165,15 @@ def row_rewards(rollout: Rollout) -> Array:
         return ops.float32(field(rollout, "scores", hint, ndim=1))
     rewards = field(rollout, "rewards")
     return jnp.sum(ops.masked(rewards, rollout.mask), axis=1)
+
+
+def outcomes(rollout: Rollout) -> Array:
+    """[B] the scores, before penalties; NaN outside [0, 1], so that the step reports
+    ``nonfinite``: they are no rates of success.
+    """
+    scores = field(rollout, "scores", ndim=1)
+    is_rate = (scores >= 0) & (scores <= 1) | ~rollout.present
+    return jnp.where(is_rate, scores, jnp.nan)
 
 
 def check_unprepared(rollout: Rollout) -> None:

@@ -38,7 +38,7 @@ class Config(policy.Config):
     """Proximal policy optimisation."""
 
     group_size: int = 1
-    """Answers to each prompt, in adjacent rows; they are not compared with each other."""
+    """Answers to each prompt. They are not compared with each other."""
     num_epochs: int = 1
     """Passes over each rollout."""
     value_clip: float | None = None
@@ -52,8 +52,8 @@ class Config(policy.Config):
     gae_lambda: float = 1.0
     """Decay of generalised advantage estimation."""
     length_adaptive: float | None = None
-    """alpha of advantages whose decay grows with the answer, 1 - 1 / (alpha * its tokens) and at
-    least 0; returns keep gae_lambda (VAPO). null: both have gae_lambda."""
+    """alpha of a GAE decay that grows with the answer (VAPO). It is 1 - 1 / (alpha * its
+    tokens), at least 0; returns keep gae_lambda. null: both have gae_lambda."""
     normalize_returns: bool = True
     """The value function predicts returns with mean 0 and variance 1 over the rollout's response
     tokens, so that the unit of rewards does not matter.
@@ -63,7 +63,8 @@ class Config(policy.Config):
     whiten_rewards: bool = False
     """Scale rewards to variance 1, keeping their mean, before the advantages."""
     positive_coef: float = 0.0
-    """Weight of the negative log-likelihood per token of answers whose score is above 0 (VAPO)."""
+    """Weight of the likelihood of right answers (VAPO). It is the negative log-likelihood per token
+    of answers whose score is above 0."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

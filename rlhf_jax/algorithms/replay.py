@@ -41,7 +41,9 @@ class State(TrainState):
     buffer: dict[str, Array]  # [KEPT * rows, columns] each
 
     @classmethod
-    def create(cls, params: Params, optimizer: Any, rows: int, columns: int) -> Self:
+    def create(  # type: ignore[override]
+        cls, params: Params, optimizer: Any, rows: int, columns: int
+    ) -> Self:
         """An empty buffer."""
         shape = (KEPT * rows, columns)
         buffer = {name: jnp.zeros(shape, jnp.int32) for name in IDS}
@@ -58,7 +60,8 @@ def prepare(
     rows, columns = new.tokens.shape
     wider = state.buffer["tokens"].shape[1] - columns  # a batch is as wide as its prompts
     size = config.group_size
-    key = jax.random.key(state.step)
+    # Of the new rows, so that runs of other seeds draw others.
+    key = jax.random.fold_in(jax.random.key(state.step), jnp.sum(new.tokens.astype(jnp.uint32)))
     groups = jax.random.choice(key, KEPT * rows // size, (rows // size,), replace=False)
     drawn = jnp.ravel(groups[:, None] * size + jnp.arange(size)[None])
     both: dict[str, Any] = {}

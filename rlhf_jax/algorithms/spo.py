@@ -34,8 +34,7 @@ class Config(policy.Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         ops.check_numbers(self, "half_life", "exploration", above=0)
-        ops.check_number("rho", self.rho[0], at_least=0, at_most=self.rho[1])
-        ops.check_number("rho", self.rho[1], at_most=1)
+        ops.check_number("rho", self.rho[1], at_least=self.rho[0], at_most=1)
 
 
 @flax.struct.dataclass
@@ -48,34 +47,25 @@ class State(TrainState):
     moved: Array  # [] nats per token, summed over all updates
 
     @classmethod
-    def create(cls, params: Params, optimizer: Any, prompts: int) -> Self:
+    def create(cls, params: Params, optimizer: Any, prompts: int) -> Self:  # type: ignore[override]
         """All prompts at 1/2, by one answer."""
         half = jnp.full(prompts, 0.5)
         start = vars(TrainState.create(params, optimizer))
         return cls(**start, alpha=half, beta=half, seen=0.0 * half, moved=jnp.zeros(()))
 
 
-def outcomes(rollout: Rollout) -> Array:
-    """[B] the scores, before penalties; NaN outside [0, 1], so that the step reports
-    ``nonfinite``: they are no rates of success.
-    """
-    scores = policy.field(rollout, "scores", ndim=1)
-    is_rate = (scores >= 0) & (scores <= 1) | ~rollout.present
-    return jnp.where(is_rate, scores, jnp.nan)
-
-
 def prepare(rollout: Rollout, *, state: State, config: Config, axis_name: AxisName) -> Rollout:
     """The rollout with ``advantages`` [B, T], the same for all response tokens of a row."""
     policy.check_unprepared(rollout)
     values = state.alpha / (state.alpha + state.beta)
-    rewards = jnp.where(jnp.isnan(outcomes(rollout)), jnp.nan, policy.row_rewards(rollout))
+    rewards = jnp.where(jnp.isnan(policy.outcomes(rollout)), jnp.nan, policy.row_rewards(rollout))
     gaps = rewards - values[policy.field(rollout, "row_ids", ndim=1)]
     return policy.spread(ops.whiten(gaps, rollout.present, axis_name=axis_name), rollout)
 
 
 def advance(state: State, prepared: Rollout, *, config: Config, axis_name: AxisName) -> State:
     """The state with the record of the prompts that were answered."""
-    reward = outcomes(prepared)
+    reward = policy.outcomes(prepared)
     counted = ops.masked(jnp.stack([reward, 1.0 - reward], axis=1), prepared.present[:, None])
     sums = jnp.zeros((len(state.alpha), 2)).at[prepared.row_ids].add(counted)
     right, wrong = ops.psum(sums, axis_name).T

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import rlhf_jax
 from rlhf_jax.cli.console import attach_console, run_script, show
-from rlhf_jax.cli.stages import STAGES, find_method, train, train_algorithm
+from rlhf_jax.cli.stages import STAGES, find_method, method_names, train, train_algorithm
 from rlhf_jax.errors import UserError, did_you_mean
 
 
@@ -93,7 +93,7 @@ def run(argv: list[str]) -> int | None:
         return 0
     last_word = [*argv, "--help"][words - 1]
     if last_word not in ("-h", "--help"):
-        known = [*STAGES, *COMMANDS]
+        known = [*STAGES, *COMMANDS, *method_names()]
         hint = did_you_mean(name, known)
         raise UserError(f"rlhf-jax: no command {name!r}{hint}\nThere are: {', '.join(known)}")
     show(overview("data" if words == 2 else None))

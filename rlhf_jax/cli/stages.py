@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlhf_jax.errors import logger
@@ -151,6 +152,12 @@ def find_method(name: str) -> "Algorithm | None":
         return None
     module: Any = importlib.import_module(module_name)
     return module if hasattr(module, "Config") and hasattr(module, "update") else None
+
+
+def method_names() -> list[str]:
+    """The names that ``find_method`` knows."""
+    files = sorted(Path(__file__).parents[1].glob("algorithms/*.py"))
+    return [file.stem for file in files if find_method(file.stem) is not None]
 
 
 def train_algorithm(

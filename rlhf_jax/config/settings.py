@@ -344,7 +344,7 @@ class RewardModelStage(Supervised, reward_model.Config):
     """Reward models that are trained together. Each has its own rows, drawn with replacement, and
     its own initial score head; without --model also its own initial body."""
     steps: bool = False
-    """A process reward model, of rows {prompt, steps, labels}; its scores are not normalised."""
+    """A process reward model, of rows {prompt, steps, labels}. Its scores are not normalised."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

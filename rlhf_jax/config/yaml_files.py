@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import importlib.util
 import json
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -192,6 +193,8 @@ def hint(key: str, keys: Sequence[str], reads: Sequence[str], flags: bool = Fals
     section, _, name = key.replace("-", "_").rpartition(".")
     if name in other_keys():
         return _ours(other_keys()[name], flags, reads)
+    if name.isidentifier() and importlib.util.find_spec(f"rlhf_jax.algorithms.{name}"):
+        return f"these are settings of `rlhf-jax {name}`, which alone reads them"
     choice = reads if flags else keys  # a file may have sections of other stages
     inside = [one for one in choice if section and one.startswith(f"{section}.")]
     meant = _nearest(name, inside, reads) or _nearest(name, inside, choice)
