@@ -134,6 +134,17 @@ def test_nash_md_of_shares_that_are_won():
     assert_allclose(gradient, np.repeat(expected[:, None], 3, axis=1), atol=1e-7)
 
 
+def test_rewards_that_are_no_shares_of_a_comparison_stop_nash_md():
+    scores = in_turn(np.float32([3.7, 0.5, 0.0, 0.25]), np.float32([1.0, 0.5, 1.0, 0.75]))
+    rows = replace(PAIRS, scores=scores)
+    prepared = nash_md.prepare(rows, config=nash_md.Config())
+    is_nan = np.isnan(np.where(prepared.mask, prepared.advantages, 0)).any(axis=1)
+    assert_array_equal(is_nan, [True] + [False] * 7)
+    of_any = nash_md.prepare(rows, config=nash_md.Config(preference="scores"))
+    assert np.isfinite(of_any.advantages).all()
+    assert nash_md.Config(kl_loss_coef=0.0).kl_in_loss  # its opponent is the reference's
+
+
 def test_online_dpo_compares_the_best_answer_with_the_worst():
     """Of three; in the second group only the worst two are there, in the third all are equal, in
     the fourth one is left."""
