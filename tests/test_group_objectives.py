@@ -324,6 +324,7 @@ OF_RUN = {
         "group_size": 4,
         "kl_loss_coef": 0.0,
         "components": ("parts/correct", "parts/format"),
+        "weights": (1.0, 1.0),
     },
     "batch": {"baseline": "batch", "group_size": 1},
 }
