@@ -284,6 +284,13 @@ def test_columns_and_bad_rows_of_check_and_of_a_stage(write, capsys, caplog, mon
     assert "  response 2:\n    | c\n  votes: 1, 2" in text
 
 
+def test_a_label_is_a_misspelling_beside_steps_alone(write):
+    text = check.check([write([{"prompt": "a", "label": "safe"}])]).text
+    assert text.endswith("no problems")
+    text = check.check([write([{"prompt": "a", "steps": ["b"], "label": [True]}])]).text
+    assert "'label' is not read; did you mean 'labels'?" in text
+
+
 def test_a_plain_text_has_no_prompt(write):
     path = write("a bc\n\nab", "book.txt")
     for tokenizer, count in (

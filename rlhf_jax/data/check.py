@@ -224,7 +224,8 @@ def _slips(file: _File) -> list[str]:
 
 def _slip(key: str, row: Fields, read: set[str]) -> str:
     """A sentence if the key looks like a known key that the row lacks, else ""."""
-    missing = [known for known in KNOWN if known not in row]
+    of_steps = () if "steps" in row else ("labels",)  # a label of anything else is a column
+    missing = [known for known in KNOWN if known not in row and known not in of_steps]
     name = key.strip().lower()
     name = "response" if name == "output" else name
     near = difflib.get_close_matches(name, missing, n=1, cutoff=0.85)
