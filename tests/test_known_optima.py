@@ -280,7 +280,8 @@ COV = (clip_cov, unscaled, "k3", 0.2, by_row)
 LEARNERS["clip_cov"] = with_kl_in_loss(*COV, scale=False)
 LEARNERS["kl_cov"] = with_kl_in_loss(*COV, scale=False, kind="kl")
 LEARNERS["flash_reinforce"] = with_kl_in_reward(rloo, rloo.Config(baseline="batch", group_size=1))
-LEARNERS["gdpo"] = with_kl_in_loss(gdpo, of_components, "k3", 0.2, by_row)
+PARTS = {"components": ("correct", "format"), "weights": (1.0, 1.0)}
+LEARNERS["gdpo"] = with_kl_in_loss(gdpo, of_components, "k3", 0.2, by_row, **PARTS)
 LEARNERS["remax"] = with_kl_in_reward(vpg, vpg.Config(baseline="greedy"))
 # Its baseline has a share of the token's own reward, which is small in a large group.
 LEARNERS["otb"] = with_kl_in_reward(otb, otb.Config(group_size=64, aggregate="sum"))
