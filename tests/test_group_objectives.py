@@ -19,6 +19,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from rlhf_jax import advantages, sharding, training
 from rlhf_jax.algorithms import gdpo, maxrl, pass_at_k, rloo
 from rlhf_jax.config import Optimizer
+from rlhf_jax.errors import UserError
 from rlhf_jax.metrics import best_at_k, majority_at_k
 
 SIZES = [(2, 2), (3, 2), (4, 3), (6, 4), (7, 7)]  # answers, k
@@ -296,7 +297,7 @@ def test_what_an_update_needs_is_named():
         gdpo.prepare(of_four(), config=config)
     with pytest.raises(ValueError, match="weights: give one for each of components, 2, got 0"):
         gdpo.Config(components=("correct", "tone"))
-    with pytest.raises(ValueError, match="components: name those of the reward"):
+    with pytest.raises(UserError, match=r"gdpo\.components: name those of the reward"):
         gdpo.prepare(of_four(), config=gdpo.Config(group_size=4))
     with pytest.raises(ValueError, match="k must be at most 4, got 5"):
         pass_at_k.Config(group_size=4, k=5)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from rlhf_jax import advantages, ops
 from rlhf_jax.algorithms import grpo, policy
+from rlhf_jax.errors import UserError
 from rlhf_jax.types import AxisName, Rollout
 
 
@@ -44,7 +45,10 @@ def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName = None) -> 
     """
     policy.check_unprepared(rollout)
     if not config.components:
-        raise ValueError("components: name those of the reward, and give their weights")
+        raise UserError(
+            "gdpo.components: name those of the reward, as in the metrics reward/NAME, and give "
+            "each a weight in gdpo.weights"
+        )
     total = jnp.zeros(len(rollout.tokens))
     for name, weight in zip(config.components, config.weights, strict=True):
         values = policy.extra(rollout, name).reshape(-1, config.group_size)
