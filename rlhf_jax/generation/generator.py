@@ -21,7 +21,7 @@ from rlhf_jax import models, ops, rewards, sampling
 from rlhf_jax.data import batches, chat, conversation, encoding, tokenizers
 from rlhf_jax.data.rows import Message, Record, Row
 from rlhf_jax.errors import UserError, is_there, logger
-from rlhf_jax.generation import stops
+from rlhf_jax.generation import slots, stops
 from rlhf_jax.generation.environment import (
     Environment,
     Source,
@@ -33,7 +33,7 @@ from rlhf_jax.models import hf
 from rlhf_jax.parallel import sharding
 from rlhf_jax.rewards.texts import SINGLE_TURN
 from rlhf_jax.runs import devices, processes
-from rlhf_jax.sampling import SamplingConfig, decoding
+from rlhf_jax.sampling import SamplingConfig
 from rlhf_jax.types import Params, Rollout
 
 _LENGTHS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens")
@@ -56,28 +56,6 @@ def _scorer(model: models.Model, closing: tuple[int, ...] = (), ends: tuple[int,
     score_fn = models.score_fn(model)
     return jax.jit(
         rewards.behind_turns(score_fn, closing=closing, ends=ends) if closing else score_fn
-    )
-
-
-@functools.cache
-def _stepper(num_layers: int) -> tuple[Any, Any]:
-    """The two parts of ``sampling.generate``, compiled like it: what reads a prompt, which returns
-    the weights for decoding too, and what samples a token into a state, which it overwrites.
-    """
-
-    def begin(model: models.Model, params: Params, *prompt: Any, **how: Any) -> tuple[Any, ...]:
-        return model.for_decoding(params), *decoding.start(model, params, *prompt, **how)
-
-    def step(
-        model: models.Model, weights: Params, rows: Any, state: Any, config: SamplingConfig
-    ) -> tuple[Any, Array]:
-        state = decoding.step(model, weights, rows, state, config=config)
-        return state, jax.lax.dynamic_slice_in_dim(state.tokens, state.column, 1, axis=1)
-
-    jit = functools.partial(jax.jit, compiler_options=devices.compiler_options(num_layers))
-    return (
-        jit(begin, static_argnames=("model", "max_new_tokens", "pad_id")),
-        jit(step, static_argnames=("model", "config"), donate_argnames="state"),
     )
 
 
@@ -509,7 +487,7 @@ class Generator:
                     f"{row.source}, {prompt!r}: has {len(own)} tokens, and {self.room} are left "
                     f"beside max_new_tokens {self.config.max_new_tokens}; shorten one of the two"
                 )
-        streams = _streams([tuple(prompt) for prompt in ids for _ in range(num_samples)])
+        streams = places_of([tuple(prompt) for prompt in ids for _ in range(num_samples)])
         return Asked(list(rows), ids, streams.reshape(len(rows), num_samples))
 
     def sample(self, asked: "Asked", seed: int) -> tuple[list[str], Any]:
@@ -532,28 +510,26 @@ class Generator:
             texts = [stops.before(text, self.stop) for text in texts]
         return texts, rollout
 
+    @functools.cached_property
+    def batch(self) -> slots.Batch:
+        """What samples token by token, for `stream` and for servers."""
+        positions = self.room + self.config.max_new_tokens
+        params = self._policy.params
+        return slots.Batch(self.model, params, pad_id=self.config.pad_id, positions=positions)
+
     def stream(self, ids: Sequence[int], seed: int) -> Iterator[int]:
         """Yields the tokens of ``sample``'s first response to a prompt as they are sampled."""
-        begin, step = _stepper(self.model.config.num_layers)
-        num_buckets = -(-len(ids) // _BUCKET)
-        width = min(_BUCKET << (num_buckets - 1).bit_length(), self.room)
-        prompt = encoding.left_padded([ids], width=width, pad_id=self.tokenizer.pad_id)
-        weights, rows, state = begin(
-            self.model,
-            self._policy.params,
-            *prompt,
-            jax.random.key(seed),
-            max_new_tokens=self.config.max_new_tokens,
-            pad_id=self.config.pad_id,
-            places=_streams([tuple(ids)]),
-            used=np.zeros(1, np.int32),
-        )
-        for _ in range(self.config.max_new_tokens):
-            state, sampled = step(self.model, weights, rows, state, config=self.config)
-            token = int(sampled[0, 0])
-            yield token
-            if token in self.config.eos_ids:
-                return
+        key = jax.random.fold_in(jax.random.key(seed), int(places_of([tuple(ids)])[0]))
+        sample = slots.Sample(key, slots.How.of(self.config))
+        self.batch.add(ids, [sample], self.config.max_new_tokens)
+        try:
+            for _ in range(self.config.max_new_tokens):
+                [(_, token)] = self.batch.step()
+                yield token.id
+                if token.id in self.config.eos_ids:
+                    return
+        finally:
+            self.batch.remove(sample)
 
     def _row(self, prompt: str | Sequence[Message], source: str, columns: dict[str, Any]) -> Row:
         """A prompt of a call."""
@@ -570,7 +546,7 @@ class Generator:
         return Row(text, (), source, columns=columns, messages=turns, tools=tools)
 
 
-def _streams(prompts: Sequence[tuple[int, ...]]) -> np.ndarray:
+def places_of(prompts: Sequence[tuple[int, ...]]) -> np.ndarray:
     """[N] int32 numbers that decide the randomness of each row: functions of its prompt and of how
     often that prompt came before, not of its place.
     """

@@ -74,9 +74,16 @@ def before(text: str, stop: Sequence[str]) -> str:
     return text[: min(places)] if places else text
 
 
+def sure(text: str, stop: Sequence[str]) -> int:
+    """How much of a text without a stop string stays whatever follows: a stop string may have begun
+    at its end.
+    """
+    begun = [n for word in stop for n in range(1, len(word)) if text.endswith(word[:n])]
+    return len(text) - max(begun, default=0)
+
+
 def until(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
     """The pieces of a text `before` the first stop string. Its possible beginning is held back."""
-    beginnings = [word[:length] for word in stop for length in range(1, len(word))]
     text = ""
     num_shown = 0
     for piece in pieces:
@@ -85,10 +92,9 @@ def until(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
         if whole != text:
             yield whole[num_shown:]
             return
-        waiting = [len(part) for part in beginnings if text.endswith(part)]
-        sure = len(text) - max(waiting, default=0)
-        if sure > num_shown:
-            yield text[num_shown:sure]
-            num_shown = sure
+        end = sure(text, stop)
+        if end > num_shown:
+            yield text[num_shown:end]
+            num_shown = end
     if text[num_shown:]:
         yield text[num_shown:]

@@ -392,8 +392,8 @@ def _sample_rows(
         group_size=group_size,
     )
     if config.records:
-        next_logits = partial(_next_logits, model, prompt_length=prompt_length)
-        logits, _ = jax.eval_shape(next_logits, weights[-1], rows, begun)
+        next_of = partial(next_logits, model, prompt_length=prompt_length)
+        logits, _ = jax.eval_shape(next_of, weights[-1], rows, begun)
         shape = (*begun.tokens.shape, config.most_possible(logits.shape[-1]))
         begun = begun._replace(support=jnp.full(shape, -1, jnp.int32))
     begun = sharded.vary(begun, (weights, key, prompts))
@@ -500,7 +500,7 @@ def step(
     write: Any = partial(jax.lax.dynamic_update_slice_in_dim, axis=1, allow_negative_indices=False)
     column = state.column
     prompt_length = state.tokens.shape[1] - config.max_new_tokens
-    logits, cache = _next_logits(model, params, rows, state, prompt_length)
+    logits, cache = next_logits(model, params, rows, state, prompt_length)
     slot = rows.used + (column + (1 - prompt_length))
     is_past = jnp.arange(state.tokens.shape[1])[None] <= column
     seen = (state.tokens, is_past & (rows.key_mask != 0))
@@ -522,7 +522,7 @@ def step(
     )
 
 
-def _next_logits(
+def next_logits(
     model: CachedModel, params: Params, rows: Rows, state: DecodeState, prompt_length: int
 ) -> tuple[Array, Any]:
     """Logits [B, 1, V] of the next token of each row, and the cache with the last one."""
@@ -596,7 +596,7 @@ def _sample_recorded(
     return sampled.astype(jnp.int32), chosen, support
 
 
-def penalised(logits: Array, tokens: Array, *, counts: Array, penalty: float) -> Array:
+def penalised(logits: Array, tokens: Array, *, counts: Array, penalty: float | Array) -> Array:
     """Logits [B, V], those of the ``tokens`` [B, T] that count made less likely by the repetition
     penalty.
     """
@@ -622,20 +622,27 @@ def truncate(
         largest, _ = jax.lax.top_k(logits, top_k)
         logits = jnp.where(logits < largest[:, -1:], -jnp.inf, logits)
     if top_p is not None and top_p < 1:
-        ranked = jnp.sort(logits, axis=-1, descending=True)
-        probs = jax.nn.softmax(ranked, axis=-1)
-        count = jnp.sum(jnp.cumsum(probs, axis=-1) - probs < top_p, axis=-1, keepdims=True)
-        last = jnp.take_along_axis(ranked, count - 1, axis=-1)
-        # Of the tokens that tie with the last one as many stay as there is room for, the lowest ids
-        # first.
-        above = logits > last
-        equal = logits == last
-        room = count - jnp.sum(above, axis=-1, keepdims=True)
-        logits = jnp.where(above | (equal & (jnp.cumsum(equal, axis=-1) <= room)), logits, -jnp.inf)
+        logits = nucleus(logits, top_p)
     if min_p:
         least = jnp.max(logits, axis=-1, keepdims=True) + math.log(min_p)
         logits = jnp.where(logits < least, -jnp.inf, logits)
     return logits
+
+
+def nucleus(logits: Array, top_p: float | Array) -> Array:
+    """Logits [B, V] with -inf outside the smallest set of the probability ``top_p``, a number or
+    [B, 1].
+    """
+    ranked = jnp.sort(logits, axis=-1, descending=True)
+    probs = jax.nn.softmax(ranked, axis=-1)
+    count = jnp.sum(jnp.cumsum(probs, axis=-1) - probs < top_p, axis=-1, keepdims=True)
+    last = jnp.take_along_axis(ranked, count - 1, axis=-1)
+    # Of the tokens that tie with the last one as many stay as there is room for, the lowest ids
+    # first.
+    above = logits > last
+    equal = logits == last
+    room = count - jnp.sum(above, axis=-1, keepdims=True)
+    return jnp.where(above | (equal & (jnp.cumsum(equal, axis=-1) <= room)), logits, -jnp.inf)
 
 
 def best_of_n(

@@ -1,0 +1,288 @@
+"""Sampling for many askers at once: who comes later joins the others between two tokens.
+
+Each sample has a slot, a row of ``sampling.generate`` with a cache, a column and settings of its
+own. What it samples is a function of its prompt, key and settings, whatever the others are: the
+tokens of ``sampling.generate``, up to ties within the rounding of the logits. Widths of prompts,
+lengths and numbers of slots come from a few sizes, so that few programs are compiled.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from rlhf_jax import models
+from rlhf_jax.data import encoding
+from rlhf_jax.runs import devices
+from rlhf_jax.sampling import SamplingConfig, decoding
+from rlhf_jax.types import Params
+
+MOST_LIKELY = 20
+"""Tokens whose log-probabilities can be asked for beside that of the sampled one."""
+_NARROWEST = 16  # columns of a prompt
+_SHORTEST = 256  # columns of a slot
+
+
+class How(NamedTuple):
+    """How samples are drawn, as ``SamplingConfig`` says: numbers, or an array [B] of each."""
+
+    temperature: Any = 1.0
+    top_k: Any = 0  # 0: all
+    top_p: Any = 1.0
+    min_p: Any = 0.0
+    repetition_penalty: Any = 1.0
+
+    @classmethod
+    def of(cls, config: SamplingConfig) -> "How":
+        """The settings of a config."""
+        return cls(
+            config.temperature,
+            config.top_k or 0,
+            1.0 if config.top_p is None else config.top_p,
+            config.min_p or 0.0,
+            config.repetition_penalty,
+        )
+
+
+class Token(NamedTuple):
+    """A token that was sampled."""
+
+    id: int
+    log_prob: float  # in nats, of the full softmax at the temperature, at 1 if that is 0
+    likeliest: list[tuple[int, float]]  # the likeliest ids and their log-probabilities
+
+
+@dataclasses.dataclass(eq=False, frozen=True)
+class Sample:
+    """A response to be sampled.
+
+    key: its token t is drawn by ``fold_in(key, first_slot + t)``.
+    likeliest: how many of the likeliest tokens are reported, at most ``MOST_LIKELY``.
+    """
+
+    key: Array
+    how: How
+    first_slot: int = 0
+    likeliest: int = 0
+
+
+class _Slots(NamedTuple):
+    """B slots, each with the leaves [B, 1, ...] of a batch of one row."""
+
+    rows: decoding.Rows
+    state: decoding.DecodeState
+    width: Any  # [B] columns of the prompt
+    first_slot: Any  # [B]
+    keys: Any  # [B, words] key data
+    how: How
+
+
+@dataclasses.dataclass
+class _Group:
+    """Slots of one length, and who has them."""
+
+    slots: _Slots
+    samples: list[Sample | None]
+
+
+class Batch:
+    """The responses that a model samples at present.
+
+    Args:
+        pad_id: of the tokenizer.
+        positions: the most columns of prompt and response.
+    """
+
+    def __init__(self, model: models.Model, params: Params, *, pad_id: int, positions: int):
+        self._model = model
+        self._params = params
+        self._pad_id = pad_id
+        self._positions = positions
+        self._begin, self._put, self._take, self._step = _compiled(model.config.num_layers)
+        self._weights = jax.jit(model.for_decoding)(params)
+        self._groups: dict[int, _Group] = {}
+
+    @property
+    def num_columns(self) -> int:
+        """Of all caches."""
+        return sum(length * len(group.samples) for length, group in self._groups.items())
+
+    def length_of(self, num_prompt: int, max_tokens: int) -> int:
+        """The columns of the slot for a prompt and its response."""
+        width = self._width(num_prompt, max_tokens)
+        return min(_power_of_two(width + max_tokens, _SHORTEST), self._positions)
+
+    def _width(self, num_prompt: int, max_tokens: int) -> int:
+        return min(_power_of_two(num_prompt, _NARROWEST), self._positions - max_tokens)
+
+    def add(self, ids: Sequence[int], samples: Iterable[Sample], max_tokens: int) -> None:
+        """Begins responses to a prompt, which is read once. Each is sampled until `remove`, for at
+        most ``max_tokens``.
+        """
+        width = self._width(len(ids), max_tokens)
+        length = self.length_of(len(ids), max_tokens)
+        tokens, mask = encoding.left_padded([ids], width=width, pad_id=self._pad_id)
+        rows, state = self._begin(
+            self._model,
+            self._params,
+            tokens,
+            mask,
+            jax.random.key(0),  # not used
+            max_new_tokens=length - width,
+            pad_id=self._pad_id,
+            places=np.zeros(1, np.int32),
+            used=np.zeros(1, np.int32),
+        )
+        rows = rows._replace(keys=rows.used)
+        for sample in samples:
+            one = _Slots(
+                rows,
+                state,
+                np.int32(width),
+                np.int32(sample.first_slot),
+                jax.random.key_data(sample.key),
+                How(*map(np.float32, sample.how)),
+            )
+            group = self._with_room(length, one)
+            place = group.samples.index(None)
+            group.slots = self._put(group.slots, one, place)
+            group.samples[place] = sample
+
+    def _with_room(self, length: int, like: _Slots) -> _Group:
+        """The group of a length, with a slot that is free."""
+        group = self._groups.get(length)
+        if group is None:
+            slots = jax.tree.map(lambda x: jnp.asarray(x)[None], like)
+            group = self._groups[length] = _Group(slots, [None])
+        elif None not in group.samples:
+            self._resize(group, 4 * len(group.samples))
+        return group
+
+    def _resize(self, group: _Group, size: int) -> None:
+        """Keeps the slots that are taken, in ``size`` slots."""
+        taken = [place for place, sample in enumerate(group.samples) if sample is not None]
+        places = np.array(taken + [0] * (size - len(taken)), np.int32)
+        group.slots = self._take(group.slots, places)
+        kept = [group.samples[place] for place in taken]
+        group.samples = kept + [None] * (size - len(taken))
+
+    def remove(self, sample: Sample) -> None:
+        """Frees the slot of a sample."""
+        for length, group in self._groups.items():
+            if sample in group.samples:
+                group.samples[group.samples.index(sample)] = None
+                taken = len(group.samples) - group.samples.count(None)
+                if not taken:
+                    del self._groups[length]
+                elif taken * 8 <= len(group.samples):
+                    self._resize(group, len(group.samples) // 4)
+                return
+
+    def clear(self) -> None:
+        """Frees all slots."""
+        self._groups.clear()
+
+    def step(self) -> Iterator[tuple[Sample, Token]]:
+        """Samples a token of each response."""
+        for group in list(self._groups.values()):
+            most = max(sample.likeliest for sample in group.samples if sample is not None)
+            number = min(MOST_LIKELY, self._model.config.vocab_size) if most else 0
+            group.slots, sampled = self._step(self._model, self._weights, group.slots, number)
+            owners = list(group.samples)
+            for sample, id, log_prob, *ranked in zip(
+                owners, *(x.tolist() for x in jax.device_get(sampled)), strict=True
+            ):
+                if sample is not None:
+                    likeliest = list(zip(*ranked, strict=True))[: sample.likeliest]
+                    yield sample, Token(id, log_prob, likeliest)
+
+
+def _power_of_two(number: int, least: int) -> int:
+    return max(least, 1 << (number - 1).bit_length())
+
+
+@functools.cache
+def _compiled(num_layers: int) -> tuple[Any, Any, Any, Any]:
+    """What reads a prompt; what puts a slot among others, overwriting them; what takes some of
+    them; and what samples a token into each.
+    """
+
+    def put(slots: _Slots, one: _Slots, place: Array) -> _Slots:
+        def replaced(x: Array, new: Array) -> Array:
+            return jax.lax.dynamic_update_index_in_dim(x, new, place, 0)
+
+        return jax.tree.map(replaced, slots, one)
+
+    def take(slots: _Slots, places: Array) -> _Slots:
+        return jax.tree.map(lambda x: x[places], slots)
+
+    jit = functools.partial(jax.jit, compiler_options=devices.compiler_options(num_layers))
+    return (
+        jit(decoding.start, static_argnames=("model", "max_new_tokens", "pad_id")),
+        jax.jit(put, donate_argnames="slots"),
+        jax.jit(take),
+        jit(_step, static_argnames=("model", "number"), donate_argnames="slots"),
+    )
+
+
+def _step(
+    model: models.Model, weights: Params, slots: _Slots, number: int
+) -> tuple[_Slots, tuple[Array, ...]]:
+    """The slots after one more token; the tokens [B], their log-probs [B], and the ``number``
+    likeliest tokens with theirs [B, number].
+    """
+    rows, state, width, first_slot, keys, how = slots
+    logits, cache = jax.vmap(functools.partial(decoding.next_logits, model, weights))(
+        rows, state, width
+    )
+    columns = jnp.arange(state.tokens.shape[-1])[None]
+    seen = (columns <= state.column[:, None]) & (rows.key_mask[:, 0] != 0)
+    row_keys = jax.random.wrap_key_data(keys)
+    draws = jax.vmap(jax.random.fold_in)(row_keys, first_slot + state.column + 1 - width)
+    tokens, log_probs = _draw(logits[:, 0, 0], draws, state.tokens[:, 0], seen, how)
+    chosen = jnp.take_along_axis(log_probs, tokens[:, None], axis=-1)[:, 0]
+    likeliest = jax.lax.top_k(log_probs, number)
+
+    def written(row: Array, token: Array, column: Array) -> Array:
+        return jax.lax.dynamic_update_slice(row, token[None, None], (0, column))
+
+    column = state.column + 1
+    state = state._replace(
+        column=column, tokens=jax.vmap(written)(state.tokens, tokens, column), cache=cache
+    )
+    return slots._replace(state=state), (tokens, chosen, likeliest[1], likeliest[0])
+
+
+def _draw(logits: Array, keys: Array, tokens: Array, seen: Array, how: How) -> tuple[Array, Array]:
+    """Tokens [B] drawn from logits [B, V] as `decoding.step` draws them, and all log-probs
+    [B, V].
+    """
+    temperature, top_k, top_p, min_p, penalty = (value[:, None] for value in how)
+    logits = logits.astype(jnp.float32)
+
+    def penalised(logits: Array) -> Array:
+        return decoding.penalised(logits, tokens, counts=seen, penalty=penalty)
+
+    def truncated(logits: Array) -> Array:
+        ranked = jnp.sort(logits, axis=-1, descending=True)
+        place = jnp.where(top_k > 0, top_k, logits.shape[-1]).astype(jnp.int32) - 1
+        least = jnp.take_along_axis(ranked, jnp.minimum(place, logits.shape[-1] - 1), axis=-1)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+        logits = jnp.where(top_p < 1, decoding.nucleus(logits, top_p), logits)
+        least = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(min_p)
+        return jnp.where(logits < least, -jnp.inf, logits)
+
+    noisy = jax.lax.cond(jnp.any(penalty != 1), penalised, lambda logits: logits, logits)
+    scale = jnp.where(temperature > 0, temperature, 1.0)
+    logits = logits / scale
+    noisy = noisy / scale
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
+    limits = (temperature > 0) & ((top_k > 0) | (top_p < 1) | (min_p > 0))
+    possible = jax.lax.cond(jnp.any(limits), truncated, lambda logits: logits, noisy)
+    noisy = jnp.where(temperature > 0, possible + noise, noisy)
+    return jnp.argmax(noisy, axis=-1).astype(jnp.int32), jax.nn.log_softmax(logits, axis=-1)
