@@ -13,22 +13,15 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
-
 from rlhf_jax.errors import UserError, file_errors, is_there, logger, read_file
-from rlhf_jax.inference import label
+from rlhf_jax.inference import label, web
 from rlhf_jax.inference.labelling import pairs, server
 from rlhf_jax.inference.labelling.settings import Config
 from rlhf_jax.inference.labelling.store import Store
 from rlhf_jax.runs.writing import refuse_links, write_atomically
 
-MOST_WAITING = 100
-"""Connections of one address, such as a proxy's, that are open without a whole request; beyond it
-the oldest is closed."""
 _WRITE_EVERY = 2.0  # seconds
 _PATIENCE = 5.0  # seconds for a batch that is being sampled when the server ends
-_OPEN_TO_ALL = ("0.0.0.0", "::")
 
 
 def run(folder: str | None, config: Config) -> str:
@@ -86,7 +79,7 @@ def _serve(store: Store, source: pairs.Source, config: Config, own: dict[str, st
     """Serves until a signal. The feeder's error ends it too."""
 
     def stop() -> None:
-        web.should_exit = True
+        served.should_exit = True
 
     feeder = Feeder(source, store, config.ahead, on_error=stop)
     page = server.Page(
@@ -110,41 +103,11 @@ def _serve(store: Store, source: pairs.Source, config: Config, own: dict[str, st
             await writer
             await asyncio.to_thread(feeder.stop)
 
-    web = uvicorn.Server(
-        uvicorn.Config(
-            server.build(page, lifespan),
-            host=config.host,
-            port=config.port,
-            log_config=None,  # its access log would hold tokens
-            log_level="critical",
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            http=Connection,
-            ws="none",
-            limit_concurrency=1000,
-            timeout_graceful_shutdown=5,
-        )
-    )
-    try:
-        listening = web.config.bind_socket()
-        listening.listen(2048)  # a browser that is faster than the start waits
-    except SystemExit:
-        raise UserError(
-            f"--port: {config.host}:{config.port} cannot be used; choose another"
-        ) from None
-    if config.host in _OPEN_TO_ALL:
-        logger.warning(
-            f"--host {config.host}: everybody who reaches this machine reaches the page, and reads "
-            "tokens and texts on the way. Leave --host out and put a server with TLS, such "
-            "as nginx or Caddy, in front"
-        )
-    host = f"[{config.host}]" if ":" in config.host else config.host
+    served, listening, address = web.listen(server.build(page, lifespan), config.host, config.port)
     for name, token in own.items():
-        logger.info(f"{name}: http://{host}:{listening.getsockname()[1]}/{token}")
+        logger.info(f"{name}: {address}/{token}")
     logger.info("Ctrl-C ends it; the same command continues")
-    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it after it has ended
-        web.run(sockets=[listening])
+    web.run(served, listening)
     if feeder.error is not None:
         raise feeder.error
 
@@ -205,49 +168,3 @@ class Feeder(threading.Thread):
         """Ends the thread: it adds nothing any more, and a batch that takes long is left."""
         self._stopping.set()
         self.join(_PATIENCE)
-
-
-class Connection(H11Protocol):
-    """uvicorn's protocol, which would wait for the rest of a request without end. Here the lines
-    before a body have ``MAX_WAIT`` seconds, from the connection or the reply before.
-    """
-
-    _limit: asyncio.TimerHandle | None = None  # set while no request is being answered
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._wait()
-
-    def handle_events(self) -> None:
-        super().handle_events()
-        if self.cycle is not None and not self.cycle.response_complete:
-            self._end_wait()
-
-    def on_response_complete(self) -> None:
-        self._wait()
-        super().on_response_complete()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._end_wait()
-        super().connection_lost(exc)
-
-    def _wait(self) -> None:
-        self._end_wait()
-        self._limit = self.loop.call_later(server.MAX_WAIT, self._give_up)
-        others: set[Any] = self.connections
-        waiting = [one for one in others if one._limit and one._address == self._address]
-        if len(waiting) > MOST_WAITING:
-            min(waiting, key=lambda one: one._limit.when())._give_up()
-
-    def _end_wait(self) -> None:
-        if self._limit is not None:
-            self._limit.cancel()
-            self._limit = None
-
-    def _give_up(self) -> None:
-        self._end_wait()
-        self.transport.abort()
-
-    @property
-    def _address(self) -> str:
-        return self.client[0] if self.client else ""

@@ -4,10 +4,8 @@ Who knows the token of an address is its annotator. A request with another Host,
 large body, or at a high rate is refused before anything reads it; SECURITY.md has the model.
 """
 
-import asyncio
 import collections
 import hashlib
-import ipaddress
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -17,36 +15,23 @@ from typing import Annotated, Any, Literal, NamedTuple
 import msgspec
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import URL
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.inference.labelling import markup
 from rlhf_jax.inference.labelling.store import Store
+from rlhf_jax.inference.web import Guard
 
 MAX_BODY = 16_384
-MAX_WAIT = 10.0  # seconds for the lines before a body, and for a body
 RATE = 10.0
 """Requests a second of one address, after a burst of ``BURST``; wrong addresses share one rate."""
 BURST = 40.0
 _FOLDER = Path(__file__).parent / "page"
 _TYPES = {"label.js": "text/javascript", "label.css": "text/css"}
-HEADERS = {
-    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "x-content-type-options": "nosniff",
-    "x-frame-options": "DENY",
-    "referrer-policy": "no-referrer",  # it would hold the token
-    "cross-origin-opener-policy": "same-origin",
-    "cross-origin-resource-policy": "same-origin",
-    "permissions-policy": "camera=(), microphone=(), geolocation=()",
-    "x-robots-tag": "noindex",
-    "cache-control": "no-store",
-}
 
 
 class Page(NamedTuple):
@@ -112,7 +97,7 @@ def build(page: Page, lifespan: Any = None) -> ASGIApp:
     ]
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={UserError: _not_kept})
     app.router.redirect_slashes = False
-    return Guard(app, page)
+    return Guard(app, names=page.names, max_body=MAX_BODY, limit=Rate(page))
 
 
 async def _not_kept(_: Request, error: Exception) -> Response:
@@ -177,102 +162,26 @@ def _undo(page: Page, name: str, given: _Undo) -> dict[str, Any]:
     return _state(page, name) | {"kept": kept}
 
 
-class Guard:
-    """Refuses requests before the application sees them, and adds the security headers to all
-    responses.
-    """
+class Rate:
+    """Limits the requests of each address."""
 
-    def __init__(self, app: ASGIApp, page: Page, clock: Callable[[], float] = time.monotonic):
-        self.app = app
-        self.page = page
+    def __init__(self, page: Page, clock: Callable[[], float] = time.monotonic):
+        self._page = page
         self._clock = clock
         # {whose: (requests that are left, when they were counted)}
         self._left: dict[str, tuple[float, float]] = collections.defaultdict(
             lambda: (BURST, clock())
         )
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await self.app(scope, receive, send)
-            return
-        if scope["type"] != "http":  # a web socket
-            await send({"type": "websocket.close", "code": 1000})
-            return
-
-        async def with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                ours = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
-                message["headers"] = [*message["headers"], *ours]
-            await send(message)
-
-        request = Request(scope)
-        refused = self._refused(request)
-        body = b""
-        if refused is None and request.method == "POST":
-            try:
-                body = await asyncio.wait_for(_body(receive), MAX_WAIT)
-            except TimeoutError:
-                refused = 408, "too slow"
-            if len(body) > MAX_BODY:
-                refused = 413, "too large"
-        if refused is not None:
-            status, why = refused
-            await PlainTextResponse(why, status)(scope, receive, with_headers)
-            return
-
-        async def replayed() -> Message:
-            return {"type": "http.request", "body": body, "more_body": False}
-
-        await self.app(scope, replayed, with_headers)
-
-    def _refused(self, request: Request) -> tuple[int, str] | None:
-        """The status and the reason of a refusal; None: it is allowed."""
-        host = request.headers.get("host", "")
-        if not self._is_ours(host):
-            return 421, "this page is not served under that name; see --names"
-        if request.method not in ("GET", "HEAD"):
-            try:
-                origin = URL(request.headers.get("origin", "")).netloc
-            except ValueError:
-                return 400, "the Origin is no address"
-            if origin.lower() != host.lower():
-                return 403, "from another page"
-        if not request.scope["path"].startswith("/"):
-            return 400, "a path begins with /"
-        if not self._is_allowed(request):
-            return 429, "too many requests; wait a second"
-        return None
-
-    def _is_ours(self, host: str) -> bool:
-        """Whether a Host header names this page. An address cannot be pointed here by DNS."""
-        try:
-            name = URL(f"//{host}").hostname or ""
-            if name in ("localhost", *(known.lower() for known in self.page.names)):
-                return True
-            ipaddress.ip_address(name)
-        except ValueError:
-            return False
-        return True
-
-    def _is_allowed(self, request: Request) -> bool:
-        """Takes one from the rate of the request's address."""
+    def __call__(self, request: Request) -> tuple[int, str] | None:
+        """Takes one from the rate of the request's address; a refusal if none is left."""
         first = request.scope["path"].split("/")[1]
         if first in _TYPES:
-            return True
+            return None
         key = digest(first)
-        whose = key if key in self.page.annotators else ""
+        whose = key if key in self._page.annotators else ""
         left, since = self._left[whose]
         now = self._clock()
         left = min(BURST, left + (now - since) * RATE)
         self._left[whose] = (max(left - 1, 0), now)
-        return left >= 1
-
-
-async def _body(receive: Receive) -> bytes:
-    """The body of a request, or its beginning if it is too large."""
-    body = b""
-    while True:
-        message = await receive()
-        body += message.get("body", b"")
-        if len(body) > MAX_BODY or not message.get("more_body"):
-            return body
+        return None if left >= 1 else (429, "too many requests; wait a second")
