@@ -11,6 +11,7 @@ from rlhf_jax.inference import chat
 def chat_with(
     run: tyro.conf.Positional[str],
     config: tyro.conf.OmitArgPrefixes[chat.Config],
+    page: bool = False,
 ) -> None:
     """Talk with a model in the terminal; lines from a pipe are answered one by one.
 
@@ -21,7 +22,13 @@ def chat_with(
     Args:
         run: the folder of a finished run, or of a model.
         config: who answers, and how.
+        page: talk in a browser instead, on a page that `rlhf-jax serve` serves.
     """
+    if page:
+        from rlhf_jax.cli import serve  # it needs an extra
+
+        serve.open_page(run, config)
+        return
     CONSOLE.file = sys.stderr
     try:
         chat.run(run, config, typed_lines(), console())

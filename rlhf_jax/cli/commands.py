@@ -25,6 +25,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "quickstart": Command("quickstart:main", "begin here: SFT, reward model, PPO in three minutes"),
     "chat": Command("chat:chat_with", "talk with a model, or with two side by side"),
+    "serve": Command("serve:serve_models", "an OpenAI-compatible server, and a page"),
     "generate": Command("generate:generate_answers", "answers to prompts from files"),
     "label": Command("label:label_pairs", "compare pairs of answers yourself"),
     "export": Command("report:export_run", "a Hugging Face folder with a model card"),
@@ -53,7 +54,12 @@ GROUPS: dict[str, dict[str, str]] = {
         "METHOD": "any other method by its name, such as maxrl",
         "pipeline": "",
     },
-    "Use": {"chat": "", "generate": "", "label": "", "export": ""},
+    "Use": {
+        "chat, serve": "talk with models; let a browser and other programs do so",
+        "generate": "",
+        "label": "",
+        "export": "",
+    },
     "Look": {"report": "", "evaluate": "", "verify": ""},
     "Data": {"data": "data check, data preview, data demo: your files"},
     "Machine": {"models": "", "configs": "", "plan": "", "doctor": ""},

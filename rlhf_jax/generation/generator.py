@@ -263,7 +263,11 @@ class LanguageModel(NamedTuple):
                     f"tokenizer, and it reads {limit}; shorten them, as by rl.max_new_tokens"
                 )
             rows.append(ids)
-        padded = pad_prompts(rows, limit, self.tokenizer.pad_id)
+        return self.score_ids(rows, batch_size)
+
+    def score_ids(self, texts: Sequence[Sequence[int]], batch_size: int = 64) -> np.ndarray:
+        """[N] float32 scores of texts as the reward model reads them."""
+        padded = pad_prompts(texts, self.model.config.max_length, self.tokenizer.pad_id)
         score = functools.partial(_scorer(self.model), self.params)
         return _by_length(score, batch_size, padded.tokens, padded.attention_mask)
 
@@ -450,7 +454,7 @@ class Generator:
             raise UserError("expected a list of prompts, got one text; put it in a list")
         own_columns = columns or [{}] * len(prompts)
         rows = [
-            self._row(prompt, f"prompts[{i}]", own)
+            self.row(prompt, f"prompts[{i}]", own, self.tokenizer)
             for i, (prompt, own) in enumerate(zip(prompts, own_columns, strict=True))
         ]
         asked = self.ask(rows, num_samples)
@@ -514,8 +518,7 @@ class Generator:
     def batch(self) -> slots.Batch:
         """What samples token by token, for `stream` and for servers."""
         positions = self.room + self.config.max_new_tokens
-        params = self._policy.params
-        return slots.Batch(self.model, params, pad_id=self.config.pad_id, positions=positions)
+        return slots.Batch(self.model, self.params, pad_id=self.config.pad_id, positions=positions)
 
     def stream(self, ids: Sequence[int], seed: int) -> Iterator[int]:
         """Yields the tokens of ``sample``'s first response to a prompt as they are sampled."""
@@ -531,8 +534,21 @@ class Generator:
         finally:
             self.batch.remove(sample)
 
-    def _row(self, prompt: str | Sequence[Message], source: str, columns: dict[str, Any]) -> Row:
-        """A prompt of a call."""
+    @property
+    def params(self) -> Params:
+        """The policy's parameters."""
+        return self._policy.params
+
+    def row(
+        self,
+        prompt: str | Sequence[Message],
+        source: str,
+        columns: dict[str, Any],
+        tokenizer: tokenizers.Tokenizer,
+    ) -> Row:
+        """A prompt of a call, with its ``tools`` among the columns, for a tokenizer that may have
+        other options of the template. Raises UserError, naming the source.
+        """
         if isinstance(prompt, str):
             return Row(prompt, (), source, columns=columns)
         if not isinstance(prompt, Sequence):
@@ -541,7 +557,7 @@ class Generator:
         given = list(prompt)
         turns = conversation.messages_of(Record({"messages": given}, source), "messages")
         tools = conversation.tools_of(Record(columns, source))
-        template = chat.template_of(self.tokenizer, self.template)
+        template = chat.template_of(tokenizer, self.template)
         text = template.prompt(turns, source, tools=tools)
         return Row(text, (), source, columns=columns, messages=turns, tools=tools)
 

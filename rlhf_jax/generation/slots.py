@@ -8,7 +8,7 @@ lengths and numbers of slots come from a few sizes, so that few programs are com
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -89,6 +89,10 @@ class _Group:
     slots: _Slots
     samples: list[Sample | None]
 
+    @property
+    def num_taken(self) -> int:
+        return len(self.samples) - self.samples.count(None)
+
 
 class Batch:
     """The responses that a model samples at present.
@@ -107,25 +111,31 @@ class Batch:
         self._weights = jax.jit(model.for_decoding)(params)
         self._groups: dict[int, _Group] = {}
 
-    @property
-    def num_columns(self) -> int:
-        """Of all caches."""
-        return sum(length * len(group.samples) for length, group in self._groups.items())
+    def room(self, num_prompt: int, max_tokens: int, n: int) -> int:
+        """The columns of all caches once ``n`` responses to such a prompt are there too."""
+        length = self._length(num_prompt, max_tokens)
+        group = self._groups.get(length)
+        present = {length: len(group.samples) for length, group in self._groups.items()}
+        present[length] = _size(n + (group.num_taken if group else 0))
+        return sum(length * size for length, size in present.items())
 
-    def length_of(self, num_prompt: int, max_tokens: int) -> int:
-        """The columns of the slot for a prompt and its response."""
-        width = self._width(num_prompt, max_tokens)
-        return min(_power_of_two(width + max_tokens, _SHORTEST), self._positions)
+    def columns(self, num_prompt: int, max_tokens: int, n: int) -> int:
+        """The same without any others."""
+        return self._length(num_prompt, max_tokens) * _size(n)
 
     def _width(self, num_prompt: int, max_tokens: int) -> int:
         return min(_power_of_two(num_prompt, _NARROWEST), self._positions - max_tokens)
 
-    def add(self, ids: Sequence[int], samples: Iterable[Sample], max_tokens: int) -> None:
+    def _length(self, num_prompt: int, max_tokens: int) -> int:
+        width = self._width(num_prompt, max_tokens)
+        return min(_power_of_two(width + max_tokens, _SHORTEST), self._positions)
+
+    def add(self, ids: Sequence[int], samples: Sequence[Sample], max_tokens: int) -> None:
         """Begins responses to a prompt, which is read once. Each is sampled until `remove`, for at
         most ``max_tokens``.
         """
         width = self._width(len(ids), max_tokens)
-        length = self.length_of(len(ids), max_tokens)
+        length = self._length(len(ids), max_tokens)
         tokens, mask = encoding.left_padded([ids], width=width, pad_id=self._pad_id)
         rows, state = self._begin(
             self._model,
@@ -139,7 +149,7 @@ class Batch:
             used=np.zeros(1, np.int32),
         )
         rows = rows._replace(keys=rows.used)
-        for sample in samples:
+        for number, sample in enumerate(samples):
             one = _Slots(
                 rows,
                 state,
@@ -148,20 +158,16 @@ class Batch:
                 jax.random.key_data(sample.key),
                 How(*map(np.float32, sample.how)),
             )
-            group = self._with_room(length, one)
+            if length not in self._groups:
+                slots = jax.tree.map(lambda x: jnp.asarray(x)[None], one)
+                self._groups[length] = _Group(slots, [None])
+            group = self._groups[length]
+            size = _size(group.num_taken + len(samples) - number)
+            if size > len(group.samples):
+                self._resize(group, size)
             place = group.samples.index(None)
             group.slots = self._put(group.slots, one, place)
             group.samples[place] = sample
-
-    def _with_room(self, length: int, like: _Slots) -> _Group:
-        """The group of a length, with a slot that is free."""
-        group = self._groups.get(length)
-        if group is None:
-            slots = jax.tree.map(lambda x: jnp.asarray(x)[None], like)
-            group = self._groups[length] = _Group(slots, [None])
-        elif None not in group.samples:
-            self._resize(group, 4 * len(group.samples))
-        return group
 
     def _resize(self, group: _Group, size: int) -> None:
         """Keeps the slots that are taken, in ``size`` slots."""
@@ -176,11 +182,10 @@ class Batch:
         for length, group in self._groups.items():
             if sample in group.samples:
                 group.samples[group.samples.index(sample)] = None
-                taken = len(group.samples) - group.samples.count(None)
-                if not taken:
+                if not group.num_taken:
                     del self._groups[length]
-                elif taken * 8 <= len(group.samples):
-                    self._resize(group, len(group.samples) // 4)
+                elif _size(2 * group.num_taken) < len(group.samples):
+                    self._resize(group, _size(2 * group.num_taken))
                 return
 
     def clear(self) -> None:
@@ -204,6 +209,11 @@ class Batch:
 
 def _power_of_two(number: int, least: int) -> int:
     return max(least, 1 << (number - 1).bit_length())
+
+
+def _size(number: int) -> int:
+    """Slots for a number of samples: a power of four, so that few sizes are compiled."""
+    return 4 ** -(-(number - 1).bit_length() // 2)
 
 
 @functools.cache

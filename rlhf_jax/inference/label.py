@@ -9,7 +9,7 @@ last one.
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -35,7 +35,9 @@ class _SessionFile(TypedDict):
 
 
 @contextlib.contextmanager
-def opened(folder: str | None, config: Config) -> Iterator[tuple[Store, pairs.Source]]:
+def opened(
+    config: Config, open_source: Callable[[], pairs.Source]
+) -> Iterator[tuple[Store, pairs.Source]]:
     """The store of OUT, and the pairs that go into it.
 
     Raises:
@@ -47,7 +49,7 @@ def opened(folder: str | None, config: Config) -> Iterator[tuple[Store, pairs.So
     beside = session_file(out)
     refuse_links([path, beside, *(Path(f"{path}-{kind}") for kind in ("wal", "shm", "journal"))])
     with one_writer(out):
-        source = pairs.open_source(folder, config)
+        source = open_source()
         if is_new(path) and (out.exists() or beside.exists()):
             raise UserError(
                 f"{out}: exists already, and {path.name} is missing or empty: it was begun by "
@@ -133,7 +135,7 @@ def run(folder: str | None, config: Config, lines: Iterator[str], console: Conso
         UserError: as ``opened``; a line is no choice, unless it comes from a terminal.
     """
     [person] = config.people
-    with opened(folder, config) as (store, source):
+    with opened(config, lambda: pairs.open_source(folder, config)) as (store, source):
         coming = source.batches(store.num_pairs())
         is_complete = False
         while True:

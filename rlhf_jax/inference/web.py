@@ -47,7 +47,7 @@ class Guard:
         needs_origin: whether a change must say which page it comes from, as browsers do; else it
             may say nothing.
         limit: the status and the reason of a refusal of one's own; None: it is allowed.
-        refusal: the response of a status and a reason; None: a plain text.
+        refusal: the response of a status and a reason.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Guard:
         self._max_body = max_body
         self._needs_origin = needs_origin
         self._limit = limit
-        self._refusal = refusal or (lambda status, why: PlainTextResponse(why, status))
+        self._refusal = refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":

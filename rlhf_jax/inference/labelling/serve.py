@@ -32,7 +32,7 @@ def run(folder: str | None, config: Config) -> str:
     """
     out = Path(config.out)
     refuse_links([_tokens_file(out)])
-    with label.opened(folder, config) as (store, source):
+    with label.opened(config, lambda: pairs.open_source(folder, config)) as (store, source):
         _serve(store, source, config, tokens(out, config.people))
         return label.conclude(store, source, folder, config)
 

@@ -13,7 +13,7 @@ import sqlite3
 import threading
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,6 +77,7 @@ UPDATE judgements SET choice = ?, strength = ?, reason = ?,
     place = (SELECT IFNULL(MAX(place), 0) + 1 FROM judgements)
 WHERE id = ? AND annotator = ? AND choice IS NULL
 """
+_ADD = "INSERT INTO pairs (number, prompt, answers, chosen_by, useless)"
 _JUDGEMENTS = """
 SELECT pair, prompt, answers, first, choice, again, annotator, seconds, strength, reason, chosen_by
 FROM judgements JOIN pairs ON pair = pairs.number WHERE choice IS NOT NULL ORDER BY place
@@ -205,13 +206,12 @@ class Store:
 
     def add(self, pairs: Iterable[Pair]) -> None:
         """Adds pairs, or none of them. Those whose answers are equal or empty are never shown."""
-        into = "INSERT INTO pairs (number, prompt, answers, chosen_by, useless)"
         rows = [
             (pair.number, *map(json.dumps, pair[1:3]), pair.chosen_by, pair.is_useless)
             for pair in pairs
         ]
         with self._transaction() as db:
-            db.executemany(f"{into} VALUES (?, ?, ?, ?, ?)", rows)
+            db.executemany(f"{_ADD} VALUES (?, ?, ?, ?, ?)", rows)
 
     def num_pairs(self) -> int:
         """The pairs that were added."""
@@ -312,6 +312,25 @@ class Store:
         said = (choice, strength, reason, seconds, time.time(), number, annotator)
         with self._transaction() as db:
             return db.execute(_JUDGE, said).rowcount == 1
+
+    def record(
+        self, annotator: str, prompt: Any, answers: Sequence[str], choice: str, seconds: float
+    ) -> None:
+        """Adds a pair that was shown elsewhere, in this order, and the judgement of it.
+
+        Raises:
+            UserError: as ``Store``; the answers are equal, or one is empty.
+        """
+        if Pair(0, prompt, list(answers)).is_useless:
+            raise UserError("the answers are equal, or one is empty: a choice would teach nothing")
+        with self._transaction() as db:
+            [number] = db.execute("SELECT COUNT(*) FROM pairs").fetchone()
+            pair = (number, json.dumps(prompt), json.dumps(answers), "random", False)
+            db.execute(f"{_ADD} VALUES (?, ?, ?, ?, ?)", pair)
+            into = "INSERT INTO judgements (pair, annotator, again, first, shown_at, choice"
+            last = "(SELECT IFNULL(MAX(place), 0) + 1 FROM judgements)"
+            given = (number, annotator, time.time() - seconds, choice, round(seconds, 1))
+            db.execute(f"{into}, seconds, place) VALUES (?, ?, 0, 0, ?, ?, ?, {last})", given)
 
     def undo(self, annotator: str, number: int) -> bool:
         """Takes the annotator's last judgement back; its pair is the next one, under another

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server of models, and its page."""

@@ -1,0 +1,146 @@
+"""``rlhf-jax serve``: opens models, and answers requests until a signal."""
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import ipaddress
+import os
+import secrets
+import webbrowser
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf_jax.config import Compute
+from rlhf_jax.errors import UserError, logger
+from rlhf_jax.evaluation.settings import check_at_least
+from rlhf_jax.generation.generator import LanguageModel
+from rlhf_jax.inference import asking, label, web
+from rlhf_jax.inference.labelling import pairs
+from rlhf_jax.inference.labelling import settings as label_settings
+from rlhf_jax.inference.labelling.store import Store
+from rlhf_jax.inference.serving import app
+from rlhf_jax.inference.serving.answers import Policy
+from rlhf_jax.inference.serving.app import Judge, Served
+from rlhf_jax.inference.serving.worker import Worker
+from rlhf_jax.models import hf
+from rlhf_jax.training.common import initial
+
+TOKEN = "SERVE_TOKEN"
+"""The environment variable of a token that is not made anew at each start."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(asking.Settings):
+    """How the models sample where a request says nothing, and who may ask."""
+
+    reward: tuple[str, ...] = ()
+    """Folders of reward models, which /score asks, and the page beside each answer."""
+    page: bool = False
+    """Open the page in a browser."""
+    labels: str | None = None
+    """Where "A is better" of the page is kept: JSON lines that reward-model and dpo train on."""
+    host: str = "127.0.0.1"
+    """Where the server listens; 0.0.0.0 lets other machines in, which needs TLS in front."""
+    port: int = 8000
+    """0: any free port."""
+    names: tuple[str, ...] = ()
+    """Host names under which it is reached, besides localhost and IP addresses."""
+    token: bool = False
+    """Refuse requests without a token, which is made and printed once, or is read from the
+    environment variable SERVE_TOKEN. With another --host than this machine's own it is always so.
+    """
+    columns: int = 65536
+    """Columns of caches, prompts with their answers, of all requests to a model at once; others
+    wait. Each costs the memory of a token in a cache."""
+    waiting: int = 256
+    """Prompts that may wait for a model; further ones are refused."""
+    seconds: float = 600.0
+    """That a request may take."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, port=0, columns=1, waiting=1, seconds=1)
+
+
+def run(folders: Sequence[str], config: Config) -> None:
+    """Serves until Ctrl-C or SIGTERM.
+
+    Raises:
+        UserError: a folder cannot be read or is given twice; the port is taken; as
+            ``label.opened``.
+    """
+    names = [*folders, *config.reward]
+    if not names or len(set(names)) < len(names):
+        raise UserError("give folders of runs or models, each once, and reward models by --reward")
+    asking.start(config)
+    policies = {name: _policy(name, config) for name in folders}
+    judges = {name: _judge(name, config) for name in config.reward}
+    token = None
+    if config.token or not _is_own(config.host):
+        token = os.environ.get(TOKEN) or secrets.token_urlsafe(32)
+    with _labels(config.labels) as kept:
+        served = Served(
+            policies,
+            judges,
+            token=token,
+            names=(*config.names, config.host),
+            seconds=config.seconds,
+            labels=kept,
+        )
+        application = app.build(served, functools.partial(_lifespan, served))
+        server, listening, address = web.listen(application, config.host, config.port)
+        for name in names:
+            logger.info(f"{address}/v1 serves {name}")
+        shown = "" if token is None or TOKEN in os.environ else f"#token={token}"
+        logger.info(f"page: {address}/{shown}")
+        if config.page:
+            webbrowser.open(f"{address}/{shown}")
+        web.run(server, listening)
+
+
+def _policy(name: str, config: Config) -> Policy:
+    generator = asking.open_policy(name, config)
+    limits = {"most_columns": config.columns, "most_waiting": config.waiting}
+    return Policy(generator, Worker(generator.batch, **limits), asyncio.Lock())
+
+
+def _judge(name: str, config: Config) -> Judge:
+    source = hf.model_folder(name)
+    layers = hf.read_config(hf.find_folder(source)).num_layers
+    compute = Compute(dtype=config.dtype or "float32")
+    model = LanguageModel.load(source, **initial.compute_options(compute, layers))
+    if "score" not in model.params:
+        raise UserError(f"--reward {name}: this model has no score head")
+    return Judge(model, asyncio.Lock())
+
+
+def _is_own(host: str) -> bool:
+    """Whether only this machine reaches a host."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+@contextlib.contextmanager
+def _labels(out: str | None) -> Iterator[tuple[Store, Path] | None]:
+    """The store of a file of preferences, if there is one."""
+    if out is None:
+        yield None
+        return
+    settings = label_settings.Config(out=out, answers="the chat page")
+    source = pairs.Source({"answers": "the chat page"}, 0, lambda _: iter(()))
+    with label.opened(settings, lambda: source) as (store, _):
+        yield store, Path(out)
+
+
+@contextlib.asynccontextmanager
+async def _lifespan(served: Served, _: Any) -> AsyncIterator[None]:
+    for policy in served.policies.values():
+        policy.worker.start()
+    try:
+        yield
+    finally:
+        for policy in served.policies.values():
+            await asyncio.to_thread(policy.worker.stop)
