@@ -28,6 +28,10 @@ class Request(NamedTuple):
     max_tokens: int  # of each response
     seed: int
     how: SamplingConfig
+    row_keys: Sequence[list[int]] = ()
+    """The key data of each response's row, for servers that sample as we do: its token t is drawn
+    by ``fold_in(key, first_slot + t)``."""
+    first_slot: int = 0
 
 
 class Sample(NamedTuple):

@@ -55,6 +55,8 @@ class Completions:
             "return_tokens_as_token_ids": True,
             "skip_special_tokens": False,
         }
+        if self.is_ours:
+            body |= {"row_keys": request.row_keys, "first_slot": request.first_slot}
         reply = self.ask("/v1/completions", client.Completions, body)
         choices = self.choices(reply)
         version = reply["model"]
@@ -112,6 +114,7 @@ class Completions:
             ServiceError: the server has no model, or none of the name in ``server.model``.
         """
         reply = self.ask("/v1/models", client.Models)
+        self.is_ours = any(model.get("owned_by") == "rlhf_jax" for model in reply["data"])
         names = [model["id"] for model in reply["data"]]
         wanted = self.server.model
         if not names or wanted not in (None, *names):

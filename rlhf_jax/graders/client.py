@@ -69,7 +69,7 @@ _Ids = list[_Index] | None
 _Text = str | None
 _Message = TypedDict("_Message", {"content": NotRequired[_Text]})
 _Judged = TypedDict("_Judged", {"message": _Message})
-_Model = TypedDict("_Model", {"id": str})
+_Model = TypedDict("_Model", {"id": str, "owned_by": NotRequired[Any]})
 _LogProbs = TypedDict(
     "_LogProbs", {"token_logprobs": list[_Number], "tokens": NotRequired[list[str] | None]}
 )

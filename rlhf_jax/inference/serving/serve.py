@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import dataclasses
-import functools
 import ipaddress
 import os
 import secrets
@@ -11,6 +10,8 @@ import webbrowser
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from starlette.types import ASGIApp
 
 from rlhf_jax.config import Compute
 from rlhf_jax.errors import UserError, logger
@@ -70,33 +71,49 @@ def run(folders: Sequence[str], config: Config) -> None:
         UserError: a folder cannot be read or is given twice; the port is taken; as
             ``label.opened``.
     """
+    asking.start(config)
+    with opened(folders, config) as served:
+        server, listening, address = web.listen(application(served), config.host, config.port)
+        for name in [*served.policies, *served.judges]:
+            logger.info(f"{address}/v1 serves {name}")
+        is_new = served.token is not None and TOKEN not in os.environ
+        page = f"{address}/#token={served.token}" if is_new else f"{address}/"
+        logger.info(f"page: {page}")
+        if config.page:
+            webbrowser.open(page)
+        web.run(server, listening)
+
+
+@contextlib.contextmanager
+def opened(folders: Sequence[str], config: Config) -> Iterator[Served]:
+    """The models, and what guards them."""
     names = [*folders, *config.reward]
     if not names or len(set(names)) < len(names):
         raise UserError("give folders of runs or models, each once, and reward models by --reward")
-    asking.start(config)
     policies = {name: _policy(name, config) for name in folders}
     judges = {name: _judge(name, config) for name in config.reward}
     token = None
     if config.token or not _is_own(config.host):
         token = os.environ.get(TOKEN) or secrets.token_urlsafe(32)
+    hosts = (*config.names, config.host)
     with _labels(config.labels) as kept:
-        served = Served(
-            policies,
-            judges,
-            token=token,
-            names=(*config.names, config.host),
-            seconds=config.seconds,
-            labels=kept,
-        )
-        application = app.build(served, functools.partial(_lifespan, served))
-        server, listening, address = web.listen(application, config.host, config.port)
-        for name in names:
-            logger.info(f"{address}/v1 serves {name}")
-        shown = "" if token is None or TOKEN in os.environ else f"#token={token}"
-        logger.info(f"page: {address}/{shown}")
-        if config.page:
-            webbrowser.open(f"{address}/{shown}")
-        web.run(server, listening)
+        yield Served(policies, judges, token, hosts, config.seconds, kept)
+
+
+def application(served: Served) -> ASGIApp:
+    """The server's application; its models sample while it runs."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Any) -> AsyncIterator[None]:
+        for policy in served.policies.values():
+            policy.worker.start()
+        try:
+            yield
+        finally:
+            for policy in served.policies.values():
+                await asyncio.to_thread(policy.worker.stop)
+
+    return app.build(served, lifespan)
 
 
 def _policy(name: str, config: Config) -> Policy:
@@ -133,14 +150,3 @@ def _labels(out: str | None) -> Iterator[tuple[Store, Path] | None]:
     source = pairs.Source({"answers": "the chat page"}, 0, lambda _: iter(()))
     with label.opened(settings, lambda: source) as (store, _):
         yield store, Path(out)
-
-
-@contextlib.asynccontextmanager
-async def _lifespan(served: Served, _: Any) -> AsyncIterator[None]:
-    for policy in served.policies.values():
-        policy.worker.start()
-    try:
-        yield
-    finally:
-        for policy in served.policies.values():
-            await asyncio.to_thread(policy.worker.stop)

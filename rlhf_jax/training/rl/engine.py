@@ -237,12 +237,19 @@ def _seeds(key: Array, places: Any, used: Any) -> Array:
     return jax.vmap(seed)(places, used)
 
 
+@jax.jit
+def _row_keys(key: Array, places: Any) -> Array:
+    """[B, words] the key data of the rows, as `sampling.generate` makes them."""
+    return jax.random.key_data(jax.vmap(functools.partial(jax.random.fold_in, key))(places))
+
+
 def _requests(
     prompts: Prompts, version: str, how: SamplingConfig, key: Array
 ) -> tuple[list[list[int]], list[Request]]:
     """Groups of adjacent equal prompts and a request for each; empty prompts are in none."""
     used = np.zeros(len(prompts.tokens), np.int32) if prompts.used is None else prompts.used
     slots = np.asarray(used).tolist()
+    row_keys = np.asarray(_row_keys(key, prompts.places)).tolist()
     seeds = np.asarray(_seeds(key, prompts.places, used)).tolist()
     is_real = np.asarray(prompts.attention_mask) != 0
     present = np.flatnonzero(is_real.any(axis=1)).tolist()
@@ -255,6 +262,7 @@ def _requests(
     for (ids, taken), group in itertools.groupby(present, asked):
         rows = list(group)
         room = how.max_new_tokens - taken
-        requests.append(Request(version, ids, len(rows), room, seeds[rows[0]], how))
+        keys = [row_keys[row] for row in rows]
+        requests.append(Request(version, ids, len(rows), room, seeds[rows[0]], how, keys, taken))
         groups.append(rows)
     return groups, requests
