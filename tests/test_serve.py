@@ -14,8 +14,11 @@ from serving import running
 
 from rlhf_jax import grpo, models
 from rlhf_jax.config import EngineServer, Optimizer, RLStage, RunConfig, Text
+from rlhf_jax.data import formats
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.generation.generator import Generator, LanguageModel
+from rlhf_jax.graders.service import Judge, reward_service
+from rlhf_jax.inference.labelling import summary
 from rlhf_jax.sampling import SamplingConfig
 from rlhf_jax.training import rl
 
@@ -150,3 +153,63 @@ def test_a_run_may_sample_here(folder, tmp_path):
     for own, served in zip(found[True], found[False], strict=True):
         assert own == pytest.approx({name: served[name] for name in own}, abs=1e-5)
     assert found[False][1]["policy/sampler_gap"] < 1e-5
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory):
+    """A reward model with random weights."""
+    folder = tmp_path_factory.mktemp("judge")
+    model = models.build(network())
+    params = models.add_head(jax.random.key(1), initial_params(model, 5), "score")
+    LanguageModel(model, params, TOKENIZER).save(folder, template="{prompt}")
+    return folder
+
+
+def test_scores_in_all_the_forms_that_trainers_send(judge):
+    prompts, answers = ["say a", "say b"], ["bad bay", "gas"]
+    talks = [
+        [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    ended = [
+        f"{prompt}{answer}<|endoftext|>" for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    want = LanguageModel.load(judge).score_texts([talk[:1] for talk in talks], answers)
+    assert abs(want[0] - want[1]) > 0.1
+    with running(reward=(str(judge),)) as (address, _):
+        client = httpx.Client(base_url=address, timeout=120)
+        for body in (
+            {"messages": talks},
+            {"prompts": prompts, "responses": answers},
+            {"prompts": [talk[:1] for talk in talks], "responses": [talk[1:] for talk in talks]},
+            {"query": ended, "prompts": prompts, "labels": [None, None]},
+        ):
+            reply = ask(client, "/v1/score", **body)
+            np.testing.assert_allclose(reply["scores"], want, atol=1e-5)
+            assert reply["rewards"] == reply["scores"]
+        told = [[{"role": "user", "content": "say b"}], None]
+        service = reward_service(f"{address}/score", Judge())
+        scores = service(["of a template", "say b"], [answers[1]] * 2, messages=told)
+        np.testing.assert_allclose(scores, want[[1, 1]], atol=1e-5)
+        for body in ({"messages": talks[1]}, {"prompt": "say b", "response": answers[1]}):
+            assert ask(client, "/score", **body)["score"] == pytest.approx(want[1], abs=1e-5)
+        for body in ({}, {"messages": talks[0][:1]}, {"prompts": ["say a"], "responses": []}):
+            assert client.post("/score", json=body).status_code == 400
+        unserved = client.post("/v1/completions", json={"prompt": "say a"})
+        assert unserved.status_code == 404
+
+
+def test_a_judgement_is_a_row_to_train_on(folder, tmp_path):
+    out = tmp_path / "labels.jsonl"
+    turns = [{"role": "user", "content": "say a"}]
+    judged = {"messages": turns, "answers": ["a", "b"], "seconds": 2.0}
+    for choice in ("b", "a"):  # two starts of one server
+        with running(folder, labels=str(out)) as (address, _):
+            client = httpx.Client(base_url=address, timeout=120)
+            assert ask(client, "/judgement", **judged, choice=choice)["kept"]
+            assert client.get("/v1/models").json()["judgements"] == str(out)
+            equal = judged | {"answers": ["a", "a"], "choice": "a"}
+            assert client.post("/judgement", json=equal).status_code == 400
+    rows = formats.read("comparisons", [str(out)], seed=0).rows
+    assert [row.responses for row in rows] == [("b", "a"), ("a", "b")]
+    assert [given.choice for given in summary.read(out)] == ["b", "a"]

@@ -222,6 +222,8 @@ def _scores(judge: LanguageModel, asked: Score) -> np.ndarray:
     if talks and isinstance(talks[0], dict):
         talks = [talks]
     prompts = [*asked.prompts, *([] if asked.prompt is None else [asked.prompt])]
+    for number, turns in enumerate(asked.columns.messages[: len(prompts)]):
+        prompts[number] = turns or prompts[number]
     responses = [*asked.responses, *([] if asked.response is None else [asked.response])]
     if len(prompts) != len(responses) or not (talks or prompts):
         raise Refused(400, "give messages that end with an answer, or a response to each prompt")

@@ -95,6 +95,12 @@ class Chat(Request, kw_only=True):
     modalities: list[Literal["text"]] | None = None
 
 
+class Columns(msgspec.Struct, frozen=True):
+    """What this package's runs say of the prompts' rows."""
+
+    messages: list[list[dict[str, Any]] | None] = []
+
+
 class Score(msgspec.Struct, kw_only=True):
     """The body of /score: conversations that end with an answer, or prompts and responses, each a
     text or messages.
@@ -103,6 +109,7 @@ class Score(msgspec.Struct, kw_only=True):
     model: str | None = None
     messages: list[dict[str, Any] | list[dict[str, Any]]] = []
     prompts: list[str | list[dict[str, Any]]] = []
+    columns: Columns = Columns()
     responses: list[str | list[dict[str, Any]]] = []
     prompt: str | list[dict[str, Any]] | None = None
     response: str | list[dict[str, Any]] | None = None
