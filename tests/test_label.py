@@ -244,7 +244,7 @@ def test_a_file_has_the_pairs_of_the_terminal_too_and_the_page_goes_on(tmp_path,
     rows = json_lines(out)
     assert max(row["seconds"] for row in rows) < 60  # not since the pair was shown before
     config = dataclasses.replace(config, serve=True, annotators=("ana,ben",))
-    with label.opened(None, config) as (kept, _):
+    with label.opened(config, lambda: pairs.open_source(None, config)) as (kept, _):
         assert [given.annotator for given in kept.judgements()] == ["ana"] * 3
     with pytest.raises(UserError, match="--annotators lacks ana"):
         label.run(None, Config(answers=str(file), out=str(out), again=0.0), iter([]), console)

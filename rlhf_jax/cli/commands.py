@@ -55,7 +55,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "pipeline": "",
     },
     "Use": {
-        "chat, serve": "talk with models; let a browser and other programs do so",
+        "chat, serve": "talk with models; let other programs ask them",
         "generate": "",
         "label": "",
         "export": "",

@@ -3,8 +3,7 @@
 import asyncio
 import dataclasses
 import functools
-import secrets
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +32,7 @@ class Policy(NamedTuple):
     generator: Generator
     worker: Worker
     reading: asyncio.Lock  # held while the log-probabilities of a prompt are computed
+    seeds: Iterator[int]  # of requests without one
 
 
 @dataclasses.dataclass
@@ -57,7 +57,7 @@ class Answers:
     """
 
     def __init__(self, policy: Policy, asked: Chat | Completion):
-        generator, worker, _ = policy
+        generator, worker, *_ = policy
         self.asked = asked
         self.all: list[Answer] = []
         self._policy = policy
@@ -82,11 +82,12 @@ class Answers:
         def put(event: Event) -> None:
             loop.call_soon_threadsafe(self._events.put_nowait, event)
 
+        seed = next(policy.seeds) if asked.seed is None else asked.seed
         for ids in prompts:
             length = _response_length(generator, len(ids), most)
             samples = [
                 Sample(key, self._how, asked.first_slot, self._likeliest or 0)
-                for key in _keys(asked, ids)
+                for key in _keys(asked, seed, ids)
             ]
             if length:
                 job = Job(ids, samples, length, self._ends, put, len(self.all), self._ended)
@@ -280,13 +281,13 @@ def _response_length(generator: Generator, num_prompt: int, most: int | None) ->
     return length
 
 
-def _keys(asked: Chat | Completion, ids: Sequence[int]) -> list[Array]:
+def _keys(asked: Chat | Completion, seed: int, ids: Sequence[int]) -> list[Array]:
     """The key of each sample: those of the answers of ``generate`` with this seed."""
     if asked.row_keys is not None:
         if len(asked.row_keys) != asked.n:
             raise UserError(f"row_keys: expected one for each of n = {asked.n} samples")
         return [jax.random.wrap_key_data(jnp.array(key, jnp.uint32)) for key in asked.row_keys]
-    key = jax.random.key(secrets.randbits(31) if asked.seed is None else asked.seed)
+    key = jax.random.key(seed)
     return [jax.random.fold_in(key, int(i)) for i in places_of([tuple(ids)] * asked.n)]
 
 

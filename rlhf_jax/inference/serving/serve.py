@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import ipaddress
+import itertools
 import os
 import secrets
 import webbrowser
@@ -119,7 +120,8 @@ def application(served: Served) -> ASGIApp:
 def _policy(name: str, config: Config) -> Policy:
     generator = asking.open_policy(name, config)
     limits = {"most_columns": config.columns, "most_waiting": config.waiting}
-    return Policy(generator, Worker(generator.batch, **limits), asyncio.Lock())
+    worker = Worker(generator.batch, **limits)
+    return Policy(generator, worker, asyncio.Lock(), itertools.count(config.seed))
 
 
 def _judge(name: str, config: Config) -> Judge:
