@@ -19,7 +19,7 @@ from builders import json_lines
 
 from rlhf_jax import cli
 from rlhf_jax.errors import UserError
-from rlhf_jax.inference import label
+from rlhf_jax.inference import label, web
 from rlhf_jax.inference.labelling import pairs, serve, server, store
 from rlhf_jax.inference.labelling.settings import Config
 
@@ -44,8 +44,8 @@ class Site:
         )
         self.tokens = {name: f"token-of-{name}" for name in people}
         digests = {server.digest(token): name for name, token in self.tokens.items()}
-        page = server.Page(self.store, digests, ("label.example.org",), reasons)
-        self.app = server.build(page)
+        self.page = server.Page(self.store, digests, ("label.example.org",), reasons)
+        self.app = server.build(self.page)
 
     def client(self):
         return httpx.AsyncClient(
@@ -232,7 +232,7 @@ def test_reasons_are_kept_if_they_are_asked(site):
 
 
 def test_a_body_that_does_not_end_is_given_up(site, monkeypatch):
-    monkeypatch.setattr(server, "MAX_WAIT", 0.01)
+    monkeypatch.setattr(web, "MAX_WAIT", 0.01)
     asked = site()
     sent = []
 
@@ -283,7 +283,7 @@ async def listening(app):
     how.load()
     state = uvicorn.server.ServerState()
     loop = asyncio.get_running_loop()
-    listener = await loop.create_server(lambda: serve.Connection(how, state, {}), "127.0.0.1", 0)
+    listener = await loop.create_server(lambda: web.Connection(how, state, {}), "127.0.0.1", 0)
     writers = []
 
     async def open_(sent):
@@ -313,7 +313,7 @@ GET = f"GET {ANA} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
 
 def test_a_request_that_does_not_come_is_given_up(site, monkeypatch):
     """Nothing, half a request, half of a second one, a body that nobody reads, and drops."""
-    monkeypatch.setattr(server, "MAX_WAIT", 0.2)
+    monkeypatch.setattr(web, "MAX_WAIT", 0.2)
     asked = site()
     body = b"PUT /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999\r\n\r\n"
 
@@ -344,7 +344,7 @@ def test_a_request_that_does_not_come_is_given_up(site, monkeypatch):
 
 def test_connections_that_say_nothing_keep_nobody_out(site, monkeypatch):
     """The oldest are closed; one whose request is being read is not."""
-    monkeypatch.setattr(serve, "MOST_WAITING", 5)
+    monkeypatch.setattr(web, "MOST_WAITING", 5)
     asked = site()
     head = f"POST {ANA}/undo HTTP/1.1\r\nHost: localhost\r\nOrigin: http://localhost\r\n"
     head += "Content-Type: application/json\r\nContent-Length: 9\r\n\r\n"
@@ -380,11 +380,13 @@ def test_the_rate_of_an_address_is_limited(site):
     guesses = asked.ask(*[("GET", f"/guess-{i}", None) for i in range(num)])
     assert guesses[-1].status_code == 429
     now = [0.0]
-    guard = server.Guard(asked.app, asked.app.page, lambda: now[0])
+    limit = server.Rate(asked.page, lambda: now[0])
     request = server.Request({"type": "http", "path": ANA, "headers": [], "method": "GET"})
-    assert [guard._is_allowed(request) for _ in range(42)] == [True] * 40 + [False] * 2
+    refused = [limit(request) for _ in range(42)]
+    assert refused[:40] == [None] * 40
+    assert [status for status, _ in refused[40:]] == [429] * 2
     now[0] = 0.25
-    assert [guard._is_allowed(request) for _ in range(3)] == [True, True, False]
+    assert [limit(request) is None for _ in range(3)] == [True, True, False]
 
 
 def test_a_full_disk_is_a_sentence_on_the_page(site):
@@ -440,8 +442,8 @@ def test_many_people_at_once(site):
 def serving(monkeypatch, caplog):
     """``start(config)``: a server in a thread; (its addresses by name, ``end`` which ends it)."""
     made = []
-    real = serve.uvicorn.Server
-    monkeypatch.setattr(serve.uvicorn, "Server", lambda how: made.append(real(how)) or made[-1])
+    real = web.uvicorn.Server
+    monkeypatch.setattr(web.uvicorn, "Server", lambda how: made.append(real(how)) or made[-1])
     caplog.set_level("INFO", "rlhf_jax")
 
     def start(how):
@@ -583,8 +585,9 @@ def test_an_undo_is_no_lost_judgement(site, tmp_path):
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    monkeypatch.delitem(sys.modules, "rlhf_jax.inference.labelling.serve")
-    monkeypatch.delattr("rlhf_jax.inference.labelling.serve")
+    for name in ("rlhf_jax.inference.labelling.serve", "rlhf_jax.inference.web"):
+        monkeypatch.delitem(sys.modules, name)
+        monkeypatch.delattr(name)
     given = ["--serve", "--answers", "a", "--annotators", "ana", "--out", str(tmp_path / "o")]
     with pytest.raises(UserError, match=r"needs the package uvicorn: pip install"):
         cli.run(["label", *given])

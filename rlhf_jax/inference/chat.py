@@ -27,7 +27,7 @@ from rlhf_jax.types import Rollout
 
 HELP = """\
 /reset           forget the conversation
-/temperature X   0 takes the most likely token; the next answer waits for a new program
+/temperature X   0 takes the most likely token
 /seed N          other answers
 /score           the reward of the last answer
 /help            these lines
