@@ -194,11 +194,13 @@ class Batch:
 
     def step(self) -> Iterator[tuple[Sample, Token]]:
         """Samples a token of each response."""
-        for group in list(self._groups.values()):
+        drawn = []  # of all groups, before a reader of the tokens changes them
+        for group in self._groups.values():
             most = max(sample.likeliest for sample in group.samples if sample is not None)
             number = min(MOST_LIKELY, self._model.config.vocab_size) if most else 0
             group.slots, sampled = self._step(self._model, self._weights, group.slots, number)
-            owners = list(group.samples)
+            drawn.append((list(group.samples), sampled))
+        for owners, sampled in drawn:
             for sample, id, log_prob, *ranked in zip(
                 owners, *(x.tolist() for x in jax.device_get(sampled)), strict=True
             ):
