@@ -68,7 +68,7 @@ def messages(*texts):
 
 def streamed(policy, *texts):
     """The policy's next turn, by the programs of chat."""
-    [ids] = policy.ask([policy._row(messages(*texts), "", {})]).ids
+    [ids] = policy.ask([policy.row(messages(*texts), "", {}, policy.tokenizer)]).ids
     return policy.tokenizer.decode([*policy.stream(ids, 0)])
 
 
@@ -76,7 +76,7 @@ def streamed(policy, *texts):
 @pytest.mark.parametrize("prompt", ["a", "abcdefghijklmno", "k" * 73])
 def test_a_stream_is_the_first_sample_token_by_token(policy, prompt):
     for seed in range(4):
-        asked = policy.ask([policy._row(prompt, "prompt", {})])
+        asked = policy.ask([policy.row(prompt, "prompt", {}, policy.tokenizer)])
         _, rollout = policy.sample(asked, seed)
         stream = list(policy.stream(asked.ids[0], seed))
         np.testing.assert_array_equal(stream, rollout.tokens[0, rollout.mask[0]])

@@ -338,7 +338,7 @@ def test_a_text_template_of_a_run_is_used_again_and_never_twice(folder, tmp_path
         assert load_tokenizer(tmp_path / "again").config == tokenizer.config
     asked = Generator(tmp_path / "framed", max_new_tokens=5, temperature=0)
     given = ["hi", [USER], "be kind\n\nhi", [SYSTEM, USER]]
-    rows = [asked._row(prompt, "", {}) for prompt in given]
+    rows = [asked.row(prompt, "", {}, asked.tokenizer) for prompt in given]
     plain, user, framed, system = asked.ask(rows).ids
     assert (plain, framed) == (user, system)
     assert chat.describe("Q{prompt}", tokenizer, "here") == "text.template: 'Q{prompt}'"

@@ -126,16 +126,12 @@ def test_settings_are_those_of_generate(batch, name):
 
 def test_each_sample_has_settings_of_its_own(batch):
     asked = prompts(4)
-    owners = [(ids, sample(i, own)) for own in SETTINGS.values() for i, ids in enumerate(asked)]
+    mixed = [SETTINGS[name] for name in ("plain", "greedy, penalised", "all")]
+    owners = [(ids, sample(i, own)) for own in mixed for i, ids in enumerate(asked)]
     got = iter(run(batch, owners))
-    for own in SETTINGS.values():
+    for own in mixed:
         for ids, log_probs in zip(*expected(asked, own), strict=True):
             assert_same(next(got), ids, log_probs)
-
-
-def with_adapters(params):
-    adapters = lora.init(jax.random.key(1), params, 2)
-    return lora.attach(params, jax.tree.map(lambda leaf: leaf + 0.2, adapters))
 
 
 FAMILIES = {"gpt2": CONFIG, "llama": LLAMA, "mistral": MISTRAL, "gemma3": GEMMA, **MORE}
@@ -189,7 +185,7 @@ def of_pool(name):
     return expected(POOL, SETTINGS[name])
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(st.data())
 def test_whoever_comes_and_goes(data):
     batch = batch_of(TINY)

@@ -31,11 +31,11 @@ _SHORTEST = 256  # columns of a slot
 class How(NamedTuple):
     """How samples are drawn, as ``SamplingConfig`` says: numbers, or an array [B] of each."""
 
-    temperature: Any = 1.0
-    top_k: Any = 0  # 0: all
-    top_p: Any = 1.0
-    min_p: Any = 0.0
-    repetition_penalty: Any = 1.0
+    temperature: Any
+    top_k: Any  # 0: all
+    top_p: Any
+    min_p: Any
+    repetition_penalty: Any
 
     @classmethod
     def of(cls, config: SamplingConfig) -> "How":
@@ -74,11 +74,9 @@ class Sample:
 class _Slots(NamedTuple):
     """B slots, each with the leaves [B, 1, ...] of a batch of one row."""
 
-    rows: decoding.Rows
+    rows: decoding.Rows  # with the data of keys
     state: decoding.DecodeState
     width: Any  # [B] columns of the prompt
-    first_slot: Any  # [B]
-    keys: Any  # [B, words] key data
     how: How
 
 
@@ -142,22 +140,17 @@ class Batch:
             self._params,
             tokens,
             mask,
-            jax.random.key(0),  # not used
+            jax.random.key(0),  # the samples have their own
             max_new_tokens=length - width,
             pad_id=self._pad_id,
             places=np.zeros(1, np.int32),
             used=np.zeros(1, np.int32),
         )
-        rows = rows._replace(keys=rows.used)
         for number, sample in enumerate(samples):
-            one = _Slots(
-                rows,
-                state,
-                np.int32(width),
-                np.int32(sample.first_slot),
-                jax.random.key_data(sample.key),
-                How(*map(np.float32, sample.how)),
+            own = rows._replace(
+                keys=jax.random.key_data(sample.key)[None], used=np.int32([sample.first_slot])
             )
+            one = _Slots(own, state, np.int32(width), How(*map(np.float32, sample.how)))
             if length not in self._groups:
                 slots = jax.tree.map(lambda x: jnp.asarray(x)[None], one)
                 self._groups[length] = _Group(slots, [None])
@@ -178,7 +171,7 @@ class Batch:
         group.samples = kept + [None] * (size - len(taken))
 
     def remove(self, sample: Sample) -> None:
-        """Frees the slot of a sample."""
+        """Frees the slot of a sample, if it has one."""
         for length, group in self._groups.items():
             if sample in group.samples:
                 group.samples[group.samples.index(sample)] = None
@@ -248,26 +241,20 @@ def _step(
     """The slots after one more token; the tokens [B], their log-probs [B], and the ``number``
     likeliest tokens with theirs [B, number].
     """
-    rows, state, width, first_slot, keys, how = slots
-    logits, cache = jax.vmap(functools.partial(decoding.next_logits, model, weights))(
-        rows, state, width
-    )
+    rows, state, width, how = slots
+    next_logits = functools.partial(decoding.next_logits, model, weights)
+    logits, cache = jax.vmap(next_logits)(rows, state, width)
     columns = jnp.arange(state.tokens.shape[-1])[None]
     seen = (columns <= state.column[:, None]) & (rows.key_mask[:, 0] != 0)
-    row_keys = jax.random.wrap_key_data(keys)
-    draws = jax.vmap(jax.random.fold_in)(row_keys, first_slot + state.column + 1 - width)
-    tokens, log_probs = _draw(logits[:, 0, 0], draws, state.tokens[:, 0], seen, how)
-    chosen = jnp.take_along_axis(log_probs, tokens[:, None], axis=-1)[:, 0]
-    likeliest = jax.lax.top_k(log_probs, number)
-
-    def written(row: Array, token: Array, column: Array) -> Array:
-        return jax.lax.dynamic_update_slice(row, token[None, None], (0, column))
-
     column = state.column + 1
-    state = state._replace(
-        column=column, tokens=jax.vmap(written)(state.tokens, tokens, column), cache=cache
-    )
-    return slots._replace(state=state), (tokens, chosen, likeliest[1], likeliest[0])
+    row_keys = jax.random.wrap_key_data(rows.keys[:, 0])
+    keys = jax.vmap(jax.random.fold_in)(row_keys, rows.used[:, 0] + column - width)
+    tokens, log_probs = _draw(logits[:, 0, 0], keys, state.tokens[:, 0], seen, how)
+    chosen = jnp.take_along_axis(log_probs, tokens[:, None], axis=-1)[:, 0]
+    best, likeliest = jax.lax.top_k(log_probs, number)
+    written = state.tokens.at[jnp.arange(len(tokens)), 0, column].set(tokens)
+    state = state._replace(column=column, tokens=written, cache=cache)
+    return slots._replace(state=state), (tokens, chosen, likeliest, best)
 
 
 def _draw(logits: Array, keys: Array, tokens: Array, seen: Array, how: How) -> tuple[Array, Array]:
@@ -282,8 +269,8 @@ def _draw(logits: Array, keys: Array, tokens: Array, seen: Array, how: How) -> t
 
     def truncated(logits: Array) -> Array:
         ranked = jnp.sort(logits, axis=-1, descending=True)
-        place = jnp.where(top_k > 0, top_k, logits.shape[-1]).astype(jnp.int32) - 1
-        least = jnp.take_along_axis(ranked, jnp.minimum(place, logits.shape[-1] - 1), axis=-1)
+        most = jnp.where(top_k > 0, jnp.minimum(top_k, logits.shape[-1]), logits.shape[-1])
+        least = jnp.take_along_axis(ranked, most.astype(jnp.int32) - 1, axis=-1)
         logits = jnp.where(logits < least, -jnp.inf, logits)
         logits = jnp.where(top_p < 1, decoding.nucleus(logits, top_p), logits)
         least = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(min_p)
