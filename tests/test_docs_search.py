@@ -2,13 +2,11 @@
 that ``sphinx-build`` left in docs/_build/html.
 """
 
-from pathlib import Path
-
 import pytest
+from browsing import chromium
 from builders import ROOT
 
 BUILT = ROOT / "docs" / "_build" / "html"
-CHROMIUM = Path("/usr/bin/chromium")
 FIRST = {
     "custom reward": "rewards",
     "multi GPU": "devices",
@@ -25,13 +23,10 @@ FIRST = {
 
 @pytest.fixture(scope="module")
 def page():
-    playwright = pytest.importorskip("playwright.sync_api")
-    if not (CHROMIUM.exists() and (BUILT / "search.html").exists()):
-        pytest.skip("no Chromium, or no built docs")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
-        yield browser.new_page()
-        browser.close()
+    if not (BUILT / "search.html").exists():
+        pytest.skip("no built docs")
+    with chromium() as started:
+        yield started.new_page()
 
 
 @pytest.mark.slow

@@ -11,12 +11,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import browsing
 import pytest
+from browsing import check_access, chromium
 from builders import ROOT, json_lines, save_base
 from pages import blocks
 
-CHROMIUM = Path("/usr/bin/chromium")
-AXE = Path(os.environ.get("AXE_CORE", "/nowhere"))  # axe.min.js of the npm package axe-core
 PAGE = ROOT / "docs" / "your-preferences.md"
 PICTURES = os.environ.get("LABEL_PICTURES")  # a folder: draw the pictures of the docs anew
 ATTACK = "<script>document.title = 'hacked'</script><img src=x onerror=\"document.title='hacked'\">"
@@ -34,13 +34,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    if not CHROMIUM.exists():
-        pytest.skip("no Chromium")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
-        yield browser
-        browser.close()
+    with chromium() as started:
+        yield started
 
 
 class Served:
@@ -89,13 +84,7 @@ def served(tmp_path):
 
 
 def opened(browser, address, size, scheme="light"):
-    """The page, and what its console says of errors."""
-    context = browser.new_context(viewport=size, color_scheme=scheme)
-    page = context.new_page()
-    errors = []
-    page.on("console", lambda said: errors.append(said.text) if said.type == "error" else None)
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.goto(address)
+    page, errors = browsing.opened(browser, address, size, scheme)
     page.locator("#pair").wait_for()
     return page, errors
 
@@ -103,16 +92,6 @@ def opened(browser, address, size, scheme="light"):
 def wait_for(page, own):
     page.get_by_text(f"yours {own},").wait_for()
     page.locator('[data-choice="undo"][aria-disabled="false"]').wait_for()
-
-
-def check_access(page):
-    """No serious finding of axe."""
-    if not AXE.exists():
-        return
-    page.evaluate(AXE.read_text("utf-8"))  # the page's own policy forbids other scripts
-    found = page.evaluate("axe.run().then(result => result.violations)")
-    grave = [one for one in found if one["impact"] in ("serious", "critical")]
-    assert grave == [], json.dumps(grave, indent=1)[:3000]
 
 
 def picture(page, name):
