@@ -55,7 +55,7 @@ gc.disable()
 LONG = {
     *("real_model", "quickstart", "docs", "processes", "kills", "sentiment", "shakespeare"),
     *("scripts", "notebooks", "layouts", "arithmetic", "blocks", "multi_turn", "cpu_threads"),
-    *("card_parity", "label_page", "calculator", "rounds", "writing", "plan"),
+    *("card_parity", "label_page", "serve_page", "calculator", "rounds", "writing", "plan"),
 }
 # Files whose tests are whole runs for the most part.
 RUNS = {

@@ -32,11 +32,12 @@ from rlhf_jax.inference.serving.answers import Answers, Policy
 from rlhf_jax.inference.serving.protocol import Chat, Completion, Judgement, Refused, Score
 
 MAX_BODY = 4 << 20  # bytes
-_FOLDER = Path(__file__).parent / "page"
+_FOLDER = Path(__file__).parent.parent
 _FILES = {
-    "/": ("chat.html", "text/html"),
-    "/chat.js": ("chat.js", "text/javascript"),
-    "/chat.css": ("chat.css", "text/css"),
+    "/": ("serving/page/chat.html", "text/html"),
+    "/chat.js": ("serving/page/chat.js", "text/javascript"),
+    "/chat.css": ("serving/page/chat.css", "text/css"),
+    "/label.css": ("labelling/page/label.css", "text/css"),  # both pages look alike
 }
 
 
