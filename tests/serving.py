@@ -4,6 +4,11 @@ import contextlib
 import threading
 import time
 
+import chat_templates
+from builders import initial_params
+
+from rlhf_jax import models
+from rlhf_jax.data import tokenizers
 from rlhf_jax.inference import web
 from rlhf_jax.inference.serving import serve
 
@@ -23,3 +28,16 @@ def running(*folders, **settings):
         finally:
             server.should_exit = True
             thread.join()
+
+
+def chat_model(folder, max_length=512):
+    """A chat model with random weights and Qwen's template, which knows tools."""
+    chat_templates.write(folder, "qwen2.5")
+    tokenizer = tokenizers.load_tokenizer(folder)
+    ids = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    sizes = models.GPT2Config(
+        tokenizer.vocab_size, max_length, 16, 1, 2, initializer_range=0.5, **ids
+    )
+    model = models.build(sizes)
+    models.save(folder, model, initial_params(model))
+    return folder
