@@ -218,7 +218,14 @@ async def _score(served: Served, asked: Score, _: Request) -> Response:
 def _scores(judge: LanguageModel, asked: Score) -> np.ndarray:
     if asked.query:
         tokenizer = dataclasses.replace(judge.tokenizer, spelled_as="tokens")
-        return judge.score_ids([tokenizer.encode(text) for text in asked.query])
+        texts = [tokenizer.encode(text) for text in asked.query]
+        limit = judge.model.config.max_length
+        for number, ids in enumerate(texts):
+            if not 1 <= len(ids) <= limit:
+                raise Refused(
+                    400, f"query {number} has {len(ids)} tokens; the model reads 1 to {limit}"
+                )
+        return judge.score_ids(texts)
     talks: list[Any] = list(asked.messages)
     if talks and isinstance(talks[0], dict):
         talks = [talks]

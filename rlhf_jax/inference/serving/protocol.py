@@ -13,6 +13,7 @@ from rlhf_jax.generation.slots import MOST_LIKELY
 MOST_SAMPLES = 128  # of a prompt
 _Count = Annotated[int, Meta(ge=0, le=MOST_LIKELY)]
 _Id = Annotated[int, Meta(ge=0, lt=1 << 31)]
+_Ids = Annotated[list[_Id], Meta(min_length=1)]
 _Word = Annotated[int, Meta(ge=0, lt=1 << 32)]
 _Share = Annotated[float, Meta(ge=0, le=1)]
 _Stop = Annotated[str, Meta(min_length=1, max_length=1000)]
@@ -73,7 +74,7 @@ class Request(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 class Completion(Request, kw_only=True):
     """The body of /v1/completions."""
 
-    prompt: str | Annotated[list[str | _Id | list[_Id]], Meta(min_length=1)]
+    prompt: str | Annotated[list[str | _Id | _Ids], Meta(min_length=1)]
     logprobs: _Count | None = None
     echo: bool = False
     best_of: Literal[1] | None = None
