@@ -82,7 +82,7 @@ def test_the_help_of_data_lists_its_own_commands(capsys):
     assert cli.run(["data", "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     described = [line[2:16].strip() for line in lines if line.startswith("  ")]
-    assert described == ["data check", "data preview", "data demo"]
+    assert described == ["data check", "data preview", "data demo", "data gym"]
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ COMMANDS = {
     "data check": Command("data:check_data", "every problem of data files"),
     "data preview": Command("preview:main", "the first rows, and what of them a stage learns"),
     "data demo": Command("data:write_demo", "write the generated corpus"),
+    "data gym": Command("data:write_gym", "write prompts of a reasoning-gym task"),
     "models": Command("lists:list_models", "families of models that load"),
     "configs": Command("lists:list_configs", "settings that come along: --config NAME"),
     "plan": Command("planning.plan:main", "memory that a run will need on each device"),
@@ -61,7 +62,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "export": "",
     },
     "Look": {"report": "", "evaluate": "", "verify": ""},
-    "Data": {"data": "data check, data preview, data demo: your files"},
+    "Data": {"data": "data check, preview, demo, gym: your files"},
     "Machine": {"models": "", "configs": "", "plan": "", "doctor": ""},
 }
 

@@ -1,13 +1,17 @@
 """``rlhf-jax data``: files checked and shown, and the generated corpus."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import tyro
 
 from rlhf_jax.cli.console import show
 from rlhf_jax.data import check, demo, tokenizers
 from rlhf_jax.data.rows import Kind, OnBadRow
+from rlhf_jax.errors import UserError, file_errors
 from rlhf_jax.graders import verifiable
+from rlhf_jax.runs import writing
 
 Positional = tyro.conf.Positional[str]
 Files = tyro.conf.Positional[tuple[str, ...]]
@@ -24,6 +28,25 @@ def write_demo(folder: Positional, seed: int = 0, shuffle_labels: bool = False) 
     """
     demo.write(folder, seed=seed, shuffle_labels=shuffle_labels)
     show(f"wrote the demo corpus to {folder}")
+
+
+def write_gym(task: Positional, count: int, seed: int = 0, out: str | None = None) -> None:
+    """Write prompts of a task of reasoning-gym as JSON lines, for `--reward gym:TASK`.
+
+    Args:
+        task: such as leg_counting.
+        count: rows, at most a million; each is a function of task, seed and number.
+        seed: at most 4,000; no row is one of another seed.
+        out: the file; by default the rows are printed.
+    """
+    if not (0 < count <= 1_000_000 and 0 <= seed <= 4_000):
+        raise UserError(f"data gym: a count from 1 to 1,000,000, a seed to 4,000: {count}, {seed}")
+    text = "".join(f"{json.dumps(row)}\n" for row in verifiable.gym_rows(task, seed, count))
+    if out is None:
+        show(text, end="")
+    else:
+        with file_errors(out, "written"):
+            writing.write_atomically(Path(out), text)
 
 
 @dataclasses.dataclass(frozen=True)

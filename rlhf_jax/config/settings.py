@@ -750,7 +750,8 @@ class RunConfig(Section):
     reward: Texts = ()
     """Reward models' folders (or Hugging Face names), or those of their runs, several as mean:A,B,
     min:A,B or uncertainty:A,B, FILE.py:FUNCTION, count:TEXT, length, repetition, diversity,
-    regex:PATTERN, math, http://HOST/PATH, judge:RUBRIC.yaml; SPEC*WEIGHT weighs one of a sum."""
+    regex:PATTERN, math, gym:TASK, http://HOST/PATH, judge:RUBRIC.yaml; SPEC*WEIGHT weighs one
+    of a sum."""
     output_dir: str | None = None
     """The run's folder; null: runs/STAGE."""
     seed: CountOrZero = 0

@@ -18,6 +18,7 @@ Each entry is ``SPEC`` or ``SPEC*WEIGHT``; several are summed. A SPEC is
   (`graders.verifiable`),
 - ``math``, 1 for a response whose answer equals that in the column ``answer`` of the prompt's data
   row,
+- ``gym:TASK``, what the verifier of this task of reasoning-gym says of a response,
 - ``FILE.py:FUNCTION``, the user's own ``fn(prompts, responses, **columns) -> list[float | None]``
   (`rewards.from_text`): prompts as the model reads them, the columns of the prompts' data rows by
   name, None for a response that cannot be scored,
@@ -95,7 +96,7 @@ _ENSEMBLE = re.compile(rf"({'|'.join(_METHODS)}):(?:(?<=uncertainty:)({_NUMBER})
 # Rewards that a number of tokens may follow, and the least number.
 _TERMS = {"length": (length, 0), "repetition": (repetition, 1), "diversity": (diversity, 1)}
 _sources: dict[str, bytes] = {}  # {name of a user's module: what was run}
-_WORDS = ("count", *_TERMS, "regex", "math", *_METHODS, "judge", "pairs")
+_WORDS = ("count", *_TERMS, "regex", "math", "gym", *_METHODS, "judge", "pairs")
 
 
 class Reward(NamedTuple):
@@ -210,7 +211,7 @@ def build_reward(
         raise UserError(
             f"no reward: give {flag} a reward model's folder, several as mean:A,B, min:A,B or "
             "uncertainty:A,B, or FILE.py:FUNCTION, http://HOST/PATH, judge:RUBRIC.yaml, "
-            f"regex:PATTERN, math, count:TEXT, {', '.join(_TERMS)}, as in {flag} count:e"
+            f"regex:PATTERN, math, gym:TASK, count:TEXT, {', '.join(_TERMS)}, as in {flag} count:e"
         )
     reader = _Reader(tokenizer, load, columns, services or Services(), mathematics)
     rewards: dict[str, Reward] = {}
@@ -242,7 +243,7 @@ def named(
     file, _, _ = of_pair.rpartition(":")
     if Path(file).suffix == ".py":
         return "code", [file]
-    if kind in ("count", "regex", "math", *_TERMS):
+    if kind in ("count", "regex", "math", "gym", *_TERMS):
         return "nothing", []
     if is_url(of_pair) or is_url(rest):  # alone, or behind the KIND of an engine or a teacher
         return "address", [of_pair]
@@ -372,13 +373,8 @@ class _Reader(NamedTuple):
         if kind == "regex" and rest:
             check_pattern(f"{where}: {rest!r}", rest)
             fn = verifiable.regex(rest)
-        elif spec == "math":
-            if importlib.util.find_spec("math_verify") is None:
-                raise UserError(
-                    f"{where}: the package math-verify is not installed; pip install "
-                    "'rlhf-jax[math]'"
-                )
-            fn = verifiable.mathematics(self.mathematics)
+        elif spec == "math" or (kind == "gym" and rest):
+            fn = self._verifier(rest, where)
             check_function(where, fn, self.columns)
         elif file.endswith(".py"):
             name = function
@@ -393,6 +389,16 @@ class _Reader(NamedTuple):
         else:
             return self._read_models(spec, where)
         return name, of_texts(fn, self.tokenizer)
+
+    def _verifier(self, task: str, where: str) -> FunctionOfTexts:
+        """``math``, or ``gym:TASK``."""
+        if task and "gym" not in self.columns:
+            raise UserError(f"{where}: write the prompts with `rlhf-jax data gym {task}`")
+        if not task and importlib.util.find_spec("math_verify") is None:
+            raise UserError(
+                f"{where}: the package math-verify is not installed; pip install 'rlhf-jax[math]'"
+            )
+        return verifiable.gym(task) if task else verifiable.mathematics(self.mathematics)
 
     def pair_judge(self, spec: str, where: str) -> tuple[str, pairs.PairJudge]:
         """The name and the judge of what stands behind ``pairs:``."""

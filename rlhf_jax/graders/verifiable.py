@@ -1,19 +1,21 @@
-"""Rewards that a rule verifies: a regular expression, or equality with the answer in the prompt's
-data row.
+"""Rewards that a rule verifies: a regular expression, equality with the answer in the prompt's data
+row, or a task of reasoning-gym.
 """
 
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from rlhf_jax.errors import TrainingFault, logger
+from rlhf_jax.errors import TrainingFault, UserError, did_you_mean, logger
 from rlhf_jax.graders import answers, literals
 from rlhf_jax.graders.answers import Form, Found, Gold, Place, Value
 from rlhf_jax.graders.worker import Ended, Worker
 
+ROW_SECONDS = 600.0  # that reasoning-gym may take to make a row
 SECONDS = 20.0  # that a comparison may take; its work is bounded, so it takes a few or less
 PATTERN_SECONDS = 10.0  # that a search of one response may take
 FEWEST = 8  # rewarded answers of a batch of which one can be the most common
@@ -24,6 +26,7 @@ Reward = Callable[..., Any]
 
 _mathematics = Worker(Path(__file__).with_name("mathematics.py"))
 _patterns = Worker(Path(__file__).with_name("patterns.py"))
+_gym = Worker(Path(__file__).with_name("gym.py"))
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,45 @@ def regex(pattern: str) -> Reward:
             ) from None
 
     return lambda prompts, responses, **columns: list(map(found, responses))
+
+
+def gym_rows(task: str, seed: int = 0, count: int = 0) -> list[dict[str, Any]]:
+    """The first rows {prompt, answer, gym} of a task and seed of reasoning-gym.
+
+    Raises:
+      UserError: there is no such task, or another version of reasoning-gym.
+    """
+    if [one.version for one in metadata.distributions(name="reasoning_gym")] != ["0.1.25"]:
+        raise UserError("gym: needs reasoning_gym 0.1.25; pip install 'rlhf-jax[gym]'")
+    tasks = _gym.ask([""], ROW_SECONDS)
+    if task not in tasks:
+        raise UserError(f"gym: there is no task {task!r}{did_you_mean(task, tasks)}")
+    return [_gym.ask([f"{task}/{seed}/{number}"], ROW_SECONDS) for number in range(count)]
+
+
+def gym(task: str) -> Reward:
+    """``fn(prompts, responses, gym)``: what the task's verifier gives the answer of each response,
+    the last in ``<answer>`` tags or a box, else all of it without its thoughts.
+    """
+    gym_rows(task)
+
+    def score(prompt: str, response: str, name: Any) -> float:
+        if not re.fullmatch(rf"{task}/\d+/\d+", str(name)):
+            raise UserError(
+                f"gym:{task}: the prompt {prompt!r:.200} has {name!r:.80} in the column gym, not a "
+                f"row of this task; write the rows with `rlhf-jax data gym {task}`"
+            )
+        _gym.ask([name], ROW_SECONDS)  # made before the seconds of the verifier begin
+        text = answers.after_thoughts(response, prompt)
+        for place in ("tags", "boxed"):
+            text = (answers.find(text, "words", place) or Found(text.strip(), False)).text
+        try:
+            return _gym.ask([name, text], SECONDS) if text else 0.0
+        except Ended:
+            logger.warning(f"gym: {name}: 0 for {text!r:.200}: no score after {SECONDS:g} s")
+            return 0.0
+
+    return lambda prompts, responses, gym: [*map(score, prompts, responses, gym)]
 
 
 def mathematics(settings: Settings = DEFAULT) -> Reward:
