@@ -255,18 +255,20 @@ def test_groups_of_other_lengths(batch, monkeypatch):
         assert_same(got[one], *of_generate)
 
 
-def test_who_is_removed_within_a_step(batch, monkeypatch):
-    """Gets the token that was sampled already, and no further one."""
+def test_who_comes_or_goes_within_a_step(batch, monkeypatch):
+    """Who goes gets the token that was sampled already, and no further one; who comes waits."""
     monkeypatch.setattr(slots, "_SHORTEST", 16)
-    first, second = sample(0), sample(1)
-    batch.add(POOL[0][:2], [first], 2)
-    batch.add([1] * 20, [second], 2)
+    first, second, other, new = (sample(i) for i in range(4))
+    batch.add(POOL[0][:2], [first, second], 2)
+    batch.add([1] * 20, [other], 2)
     step = batch.step()
     owners = [next(step)[0]]
-    batch.clear()
+    batch.add(POOL[0][:2], [new], 2)
+    batch.remove(second)
+    batch.remove(other)
     owners += [one for one, _ in step]
-    assert owners == [first, second]
-    assert list(batch.step()) == []
+    assert owners == [first, second, other]
+    assert {one for one, _ in batch.step()} == {first, new}
 
 
 def test_a_batch_can_be_cleared_and_used_again(batch):

@@ -3,6 +3,7 @@ page's tests have the rest.
 """
 
 import asyncio
+import itertools
 
 import pytest
 from starlette.responses import PlainTextResponse
@@ -16,7 +17,7 @@ THEIRS = (b"origin", b"http://evil.example")
 
 def asked(*headers, path="/", method="POST", events=(), heard=None, **settings):
     """The reply's status and body to a request whose application reads two events."""
-    given = iter([*events, {"type": "http.disconnect"}])
+    given = itertools.chain(events, [{"type": "http.disconnect"}])
     sent = []
 
     async def application(scope, receive, send):
@@ -96,8 +97,10 @@ def test_the_application_reads_the_whole_body_and_then_what_comes_of_the_connect
 
 def test_a_large_body_is_not_read_to_its_end():
     heard = []
-    assert asked(HOST, OURS, events=body(b"abcd", b"e"), heard=heard) == (413, b"too large")
+    events = iter(body(b"abcd", b"e", b"f"))
+    assert asked(HOST, OURS, events=events, heard=heard) == (413, b"too large")
     assert heard == []
+    assert [event["body"] for event in events] == [b"f"]
 
 
 def test_a_refusal_of_ones_own():
