@@ -85,6 +85,13 @@ def test_a_stream_is_the_first_sample_token_by_token(policy, prompt):
         )
 
 
+def test_a_stream_that_is_left_early_leaves_nothing_behind(policy):
+    stream = policy.stream([5, 6, 7], 0)
+    next(stream)
+    stream.close()
+    assert list(policy.batch.step()) == []
+
+
 def test_a_character_is_shown_when_all_its_bytes_are_there():
     tokenizer = tokenizers.train_bpe(["a"], 258)
     text = "aß€😀b"

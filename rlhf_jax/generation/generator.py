@@ -521,7 +521,9 @@ class Generator:
         return slots.Batch(self.model, self.params, pad_id=self.config.pad_id, positions=positions)
 
     def stream(self, ids: Sequence[int], seed: int) -> Iterator[int]:
-        """Yields the tokens of ``sample``'s first response to a prompt as they are sampled."""
+        """Yields the tokens of ``sample``'s first response to a prompt as they are sampled. One
+        stream at a time, and none while a server uses `batch`.
+        """
         key = jax.random.fold_in(jax.random.key(seed), int(places_of([tuple(ids)])[0]))
         sample = slots.Sample(key, slots.How.of(self.config))
         self.batch.add(ids, [sample], self.config.max_new_tokens)

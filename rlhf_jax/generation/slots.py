@@ -148,7 +148,8 @@ class Batch:
         )
         for number, sample in enumerate(samples):
             own = rows._replace(
-                keys=jax.random.key_data(sample.key)[None], used=np.int32([sample.first_slot])
+                keys=jax.random.key_data(sample.key)[None],
+                used=np.array([sample.first_slot], np.int32),
             )
             one = _Slots(own, state, np.int32(width), How(*map(np.float32, sample.how)))
             if length not in self._groups:
