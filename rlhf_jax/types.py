@@ -188,8 +188,8 @@ class Rollout(_Rows):
     """By which the sampler divided the logits; 0 if it was greedy, None if unknown. A policy
     function of another temperature is refused."""
     support: Array | None = flax.struct.field(metadata=PER_TOKEN, default=None, kw_only=True)
-    """[B, T, K] int32: the ids among which the sampler drew tokens[:, t], the likeliest first, then
-    -1; all -1 outside the response. Every log-prob of the rollout is one among these ids. None: the
+    """[B, T, K] int32: the ids among which the sampler drew tokens[:, t], in any order, then -1;
+    all -1 outside the response. Every log-prob of the rollout is one among these ids. None: the
     sampler drew from the whole vocabulary."""
     truncated: bool = flax.struct.field(pytree_node=False, default=False, kw_only=True)
     """Whether the sampler drew from another distribution than the whole softmax, by top-k, top-p,

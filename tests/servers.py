@@ -3,6 +3,7 @@
 import functools
 import json
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -102,10 +103,12 @@ class VLLM(Server):
         self.version = "default"
         self.adapters = {}
         self.commands = []
+        self.has_masks = False  # vllm serve --return-sampling-mask
         self.spoil = lambda path, body, reply: reply
         tokenizer = self.policy.tokenizer
-        config = sampling.SamplingConfig(SLOTS, eos_id=tokenizer.eos_ids, pad_id=tokenizer.pad_id)
-        self._logits, self._program = programs(self.policy.model.config, config)
+        how = {"eos_id": tokenizer.eos_ids, "pad_id": tokenizer.pad_id}
+        self._config = sampling.SamplingConfig(SLOTS, **how)
+        self._logits, _ = programs(self.policy.model.config, self._config)
 
     def reply(self, path, number, body):
         made = self.spoil(path, body, None)
@@ -159,7 +162,9 @@ class VLLM(Server):
                 "finish_reason": reason,
                 "logprobs": {"token_logprobs": log_probs, "tokens": [f"token_id:{x}" for x in ids]},
             }
-            for i, (ids, log_probs, reason) in enumerate(self.sampled(params, body["prompt"], body))
+            for i, (ids, log_probs, reason, _) in enumerate(
+                self.sampled(params, body["prompt"], body)
+            )
         ]
         return {"model": body["model"], "choices": choices}
 
@@ -179,7 +184,7 @@ class VLLM(Server):
         choices = []
         settings = body["sampling_params"]
         drawn = self.sampled(self.policy.params, body["token_ids"], settings)
-        for i, (ids, log_probs, reason) in enumerate(drawn):
+        for i, (ids, log_probs, reason, support) in enumerate(drawn):
             content = [{"token_id": x, "logprob": y} for x, y in zip(ids, log_probs, strict=True)]
             choices.append(
                 {
@@ -188,23 +193,32 @@ class VLLM(Server):
                     "finish_reason": reason,
                     "logprobs": {"content": content},
                     "weight_versions": [{"version": self.version, "start": 0, "end": len(ids)}],
+                    "sampling_mask": support if self.has_masks else None,
                 }
             )
         return {"choices": choices}
 
     def sampled(self, params, prompt, settings):
-        """Token ids, log-probs and the reason of the end of each response."""
+        """Token ids, log-probs, the reason of the end and the sampling masks of each response."""
+        config = self._config
+        if settings["top_k"] > 0:
+            names = "top_k", "top_p", "min_p"
+            config = replace(config, **{x: settings[x] for x in names}, record_support=True)
         number = settings["n"]
         tokens = np.zeros((number, WIDTH), np.int32)
         mask = np.zeros((number, WIDTH), np.int32)
         tokens[:, WIDTH - len(prompt) :] = prompt
         mask[:, WIDTH - len(prompt) :] = 1
-        made = self._program(params, tokens, mask, jax.random.key(settings["seed"]))
+        program = programs(self.policy.model.config, config)[1]
+        made = program(params, tokens, mask, jax.random.key(settings["seed"]))
         rows = []
         for i in range(number):
             said = np.flatnonzero(made.response_mask[i])[: settings["max_tokens"]]
             ids = np.asarray(made.tokens)[i, said].tolist()
             ended = ids[-1] in settings["stop_token_ids"]
             log_probs = np.asarray(made.log_probs)[i, said].tolist()
-            rows.append((ids, log_probs, "stop" if ended else "length"))
+            masks = None
+            if made.support is not None:  # in vLLM's order
+                masks = [sorted(x[x >= 0].tolist()) for x in np.asarray(made.support)[i, said]]
+            rows.append((ids, log_probs, "stop" if ended else "length", masks))
         return rows

@@ -888,7 +888,8 @@ def test_bounds_of_the_sections(cls, values, rule):
             cls(**{name: int(value)})
 
 
-TRUNCATED = "engine: a server does not say among which tokens top_k, top_p and min_p let it sample"
+TRUNCATED = "engine: only a vllm server says among which tokens top_k let it sample"
+VLLM = "vllm:http://x"
 
 
 @pytest.mark.parametrize(
@@ -910,6 +911,10 @@ TRUNCATED = "engine: a server does not say among which tokens top_k, top_p and m
         (RLStage, {"top_k": 5, "engine": "openai:http://x"}, TRUNCATED),
         (RLStage, {"top_p": 0.5, "engine": "openai:http://x"}, TRUNCATED),
         (RLStage, {"min_p": 0.1, "engine": "openai:http://x"}, TRUNCATED),
+        (RLStage, {"top_p": 0.5, "engine": VLLM}, TRUNCATED),
+        (RLStage, {"min_new_tokens": 2, "engine": VLLM}, TRUNCATED),
+        (RLStage, {"top_k": 5, "min_new_tokens": 2, "engine": VLLM}, TRUNCATED),
+        (RLStage, {"top_k": 5, "validation_temperature": 0.0, "engine": VLLM}, TRUNCATED),
         (
             RLStage,
             {"missing_eos_penalty": 1.0, "missing_eos_score": 0.0},

@@ -43,7 +43,7 @@ from rlhf_jax.training.common import initial
 from rlhf_jax.training.rl import ahead as ahead_module
 from rlhf_jax.training.rl import job
 from rlhf_jax.training.rl.ahead import Ahead
-from rlhf_jax.training.rl.engine import Client, _checksum, _requests
+from rlhf_jax.training.rl.engine import MOST_TIES, Client, _as_rollout, _checksum, _requests
 from rlhf_jax.training.rl.programs import importance_of
 from rlhf_jax.types import TrainState
 
@@ -160,6 +160,61 @@ def test_full_weights_are_read_again_and_have_a_version(config, server):
     assert server.version.startswith("rlhf-jax-")
     _, trained = models.load(folder / "model")
     jax.tree.map(assert_array_equal, trained, server.policy.params)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["grpo", "turns"])
+def test_truncated_samples_have_the_masks_of_the_server(config, server, tmp_path, kind):
+    """Their log-probs are those among the masks, of the server as of the update."""
+    server.has_masks = True
+    full = replace(with_rl(config, num_iterations=2, top_k=4, top_p=0.9), lora=LoRA())
+    if kind == "turns":
+        full = with_turns(full, tmp_path)
+    folder = run(full)
+    rows = metric_rows(folder)
+    assert all(row["policy/sampler_gap"] < 1e-4 for row in rows[1:])
+    assert {body["sampling_params"]["top_k"] for body in asked(server)} == {4}
+    count = len(server.asked)
+    stored = with_rl(full, engine=f"stored:{folder / 'engine'}")
+    again = run(replace(stored, output_dir=f"{config.output_dir}_again"))
+    assert rows_of(again) == rows_of(folder)
+    assert len(server.asked) == count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [LoRA(), LORA])
+def test_truncated_samples_without_masks_end_the_run(config, server, lora):
+    """A server has none with LoRA, or without a flag."""
+    server.has_masks = bool(lora.rank)
+    with pytest.raises(ServiceError, match=r"no sampling_mask.* vllm serve --return-sampling-mask"):
+        run(replace(with_rl(config, top_k=4), lora=lora))
+
+
+def test_the_mask_of_each_token_is_its_support(policy):
+    how = SamplingConfig(4, top_k=2, eos_id=TOKENIZER.eos_id, pad_id=TOKENIZER.pad_id)
+    request = engines.Request("v", [2, 3], 2, 4, 0, how)
+    loaded = LanguageModel.load(policy)
+    samples = [
+        engines.Sample([4, 1], [-0.5, 0.0], True, "v", [[4, 7], [1]]),
+        engines.Sample([5, 6, 1], [-1.0] * 3, True, "v", [[3, 5, 9], [6, 2], [1, 2]]),
+    ]
+    made = _as_rollout(loaded, [request], [samples], 3, 4)
+    assert made.truncated
+    assert made.support.shape == (2, 7, 2 + MOST_TIES)
+    found = [[[x for x in ids if x >= 0] for ids in row] for row in made.support.tolist()]
+    assert found == [
+        [[], [], [], [4, 7], [1], [], []],
+        [[], [], [], [3, 5, 9], [6, 2], [1, 2], []],
+    ]
+    assert (made.support[0, 3, 2:] == -1).all()
+    whole = _as_rollout(loaded, [request._replace(how=replace(how, top_k=None))], [samples], 3, 4)
+    assert whole.support is None
+    assert not whole.truncated
+    vocabulary = loaded.tokenizer.vocab_size
+    for masks in (None, [[4, 7]], [[7], [1]], [[4, vocabulary], [1]], [[], [1]], [[4] * 67, [1]]):
+        spoiled = [samples[0]._replace(support=masks), samples[1]]
+        with pytest.raises(ValueError, match=r"mask|argument"):
+            _as_rollout(loaded, [request], [spoiled], 3, 4)
 
 
 @pytest.mark.slow
@@ -639,7 +694,11 @@ KEPT = ["5", "[1]", '{"a": 1}', "[[1, 2]]", '[[[1], [0.5], "yes"]]', '[[["1"], [
 
 def test_kept_samples_of_another_form_are_a_sentence():
     sample = engines.Sample([1, 2], [-0.5, 0], True, "v")
-    assert engines.decoded(engines.encoded([sample]), "v") == [sample]
+    masked = sample._replace(support=[[1], [2, 3]])
+    for one in (sample, masked):
+        assert engines.decoded(engines.encoded([one]), "v") == [one]
+    before_masks = "[[[1, 2], [-0.5, 0], true]]"
+    assert engines.decoded(before_masks, "v") == [sample]
     for text in KEPT:
         with pytest.raises(UserError, match=r"engine/: .* weights v is no sample: .*; delete"):
             engines.decoded(text, "v")

@@ -555,10 +555,13 @@ class RLStage(Reference):
                 "rollout is scored; give one"
             )
         if self.truncates and self.engine is not None:
-            raise ValueError(
-                "engine: a server does not say among which tokens top_k, top_p and min_p let it "
-                "sample, which an update must know; leave these three and min_new_tokens out"
-            )
+            says = self.top_k and self.validation_temperature != 0 and not self.min_new_tokens
+            if not says or self.engine.startswith("openai:"):
+                raise ValueError(
+                    "engine: only a vllm server says among which tokens top_k let it sample, which "
+                    "an update must know, and only with top_k (top_p and min_p beside it), without "
+                    "min_new_tokens and validation_temperature 0"
+                )
         if self.validation_samples > 1 and self.validation_temperature == 0:
             raise ValueError(
                 "validation_samples: with validation_temperature 0 all samples of a prompt are the "

@@ -40,7 +40,8 @@ class Sample(NamedTuple):
     tokens: list[int]  # EOS included
     log_probs: list[float]  # of ``tokens``, in nats
     finished: bool  # whether it ended with EOS, not at ``max_tokens``
-    version: str  # of the weights that made it, as ``Engine.load`` names them
+    version: str = ""  # of the weights that made it, as ``Engine.load`` names them
+    support: list[list[int]] | None = None  # ids among which each token was drawn; None: unknown
 
 
 Writer = Callable[[Path], None]
@@ -129,7 +130,7 @@ def question(request: Request) -> str:
 
 def encoded(samples: Sequence[Sample]) -> str:
     """Samples as JSON. Reading it returns exactly the same floats."""
-    return json.dumps([[sample.tokens, sample.log_probs, sample.finished] for sample in samples])
+    return json.dumps([sample._replace(version="") for sample in samples])
 
 
 def decoded(text: str, version: str) -> list[Sample]:
@@ -139,10 +140,10 @@ def decoded(text: str, version: str) -> list[Sample]:
         UserError: the text is not JSON of samples.
     """
     try:
-        kept = msgspec.json.decode(text, type=list[tuple[list[int], list[float], bool]])
+        kept = msgspec.json.decode(text, type=list[Sample])
     except msgspec.DecodeError:
         raise UserError(
             f"engine/: what was kept of the weights {version} is no sample: {text[:80]!r}; delete "
             "these files, so that the engine is asked again"
         ) from None
-    return [Sample(*sample, version) for sample in kept]
+    return [sample._replace(version=version) for sample in kept]

@@ -125,4 +125,5 @@ class VLLM(Completions):
             self.refuse("its log-probabilities are of other token ids", choice)
         log_probs = [token["logprob"] for token in content]
         ended = choice.get("finish_reason") == "stop"
-        return Sample(ids, log_probs, ended, " and ".join(sorted(versions)))
+        version = " and ".join(sorted(versions))
+        return Sample(ids, log_probs, ended, version, choice.get("sampling_mask"))

@@ -94,6 +94,7 @@ _Generated = TypedDict(
         "token_ids": list[_Index],
         "logprobs": _Tokens,
         "weight_versions": NotRequired[list[_Span] | None],
+        "sampling_mask": NotRequired[list[list[_Index]] | None],
     },
 )
 _Given = TypedDict("_Given", {"tokens": list[str], "token_logprobs": list[_Number | None]})

@@ -39,6 +39,13 @@ ALWAYS_ALLOWED = 0.02
 MOST_GROWTH = 10.0
 """A larger difference may be this many times that of the first rollout: rounding errors stay the
 same, but weights that the engine did not load differ more from the policy's with each step."""
+MOST_TIES = 64
+"""Ids beyond top_k in a support: vLLM may keep all that tie with the last one."""
+NO_MASK = (
+    "no sampling_mask, which top_k, top_p and min_p need: leave them out, or train full weights "
+    "(no --lora.rank) and start vLLM 0.28 or later with vllm serve --return-sampling-mask "
+    "--logprobs-mode processed_logprobs"
+)
 
 
 @dataclass(eq=False)
@@ -187,8 +194,9 @@ class Client:
 
 
 def _spread(rows: np.ndarray, num_rows: int, part: Any) -> np.ndarray:
-    """Puts [N, ...] of the given rows into [B, ...]; missing rows are 0."""
-    whole = np.zeros((num_rows, *part.shape[1:]), part.dtype)
+    """Puts [N, ...] of the given rows into [B, ...]; missing rows are empty."""
+    fill = -1 if part.ndim == 3 else 0  # no id in the support
+    whole = np.full((num_rows, *part.shape[1:]), fill, part.dtype)
     whole[rows] = part
     return whole
 
@@ -205,15 +213,31 @@ def _as_rollout(
     for request in requests:
         prompts += [request.prompt] * request.number
     responses = list(itertools.chain(*samples))
-    return rollout.from_text(
+    how = requests[0].how
+    made = rollout.from_text(
         prompts,
         [sample.tokens for sample in responses],
         policy.tokenizer,
         log_probs=[sample.log_probs for sample in responses],
         prompt_length=prompt_length,
         response_length=response_length,
-        temperature=requests[0].how.temperature,
+        temperature=how.temperature,
     )
+    if not how.truncates:
+        return made
+    support = np.full((*made.tokens.shape, (how.top_k or 0) + MOST_TIES), -1, np.int32)
+    for row, sample in zip(support[:, made.prompt_length :], responses, strict=True):
+        if sample.support is None:
+            raise ValueError(NO_MASK)
+        slots = row[: len(sample.tokens)]
+        for slot, token, ids in zip(slots, sample.tokens, sample.support, strict=True):
+            if token not in ids or max(ids) >= policy.tokenizer.vocab_size or len(ids) > len(slot):
+                raise ValueError(
+                    f"the sampling mask of a token {token} lacks it, has ids outside the "
+                    f"vocabulary or more than {len(slot)}: {len(ids)} ids, {ids[:9]} ..."
+                )
+            slot[: len(ids)] = ids
+    return replace(made, support=jnp.asarray(support), truncated=True)
 
 
 @jax.jit
