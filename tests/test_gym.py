@@ -34,6 +34,7 @@ def test_rows_are_a_function_of_task_seed_and_number(tmp_path, capsys):
     assert longer.startswith(written)
     rows = list(map(json.loads, longer.splitlines()))
     assert [row["gym"] for row in rows] == [f"leg_counting/0/{number}" for number in range(4)]
+    assert verifiable._gym.ask(["leg_counting/0/500"], 60)["prompt"] != rows[0]["prompt"]
     assert rows[0]["answer"] == "500"
     # Worked out by hand: 8 legs of a spider, 6 of an insect, 10 of a crab, 14 of a woodlouse.
     legs = 5 * 6 + 8 * 0 + 6 * 4 + 10 * 8 + 15 * 8 + 15 * 6 + 4 * 6 + 9 * 10 + 3 * 14
