@@ -11,6 +11,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.graders import spec, verifiable
 from rlhf_jax.graders.worker import Worker
 
+pytest.importorskip("reasoning_gym")  # its dependencies are compiled: no part of [test]
 LEGS = "leg_counting/0/0"  # 500 legs
 
 

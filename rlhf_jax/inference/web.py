@@ -5,7 +5,6 @@ long a connection may say nothing. SECURITY.md has the model.
 import asyncio
 import contextlib
 import ipaddress
-import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -190,7 +189,7 @@ class Connection(H11Protocol):
         return self.client[0] if self.client else ""
 
 
-def listen(app: Any, host: str, port: int) -> tuple[uvicorn.Server, socket.socket, str]:
+def listen(app: Any, host: str, port: int) -> tuple[uvicorn.Server, Any, str]:
     """A server that ``run`` runs, its socket, which takes connections already, and its address.
 
     Raises:
@@ -227,7 +226,7 @@ def listen(app: Any, host: str, port: int) -> tuple[uvicorn.Server, socket.socke
     return web, listening, f"http://{shown}:{listening.getsockname()[1]}"
 
 
-def run(web: uvicorn.Server, listening: socket.socket) -> None:
+def run(web: uvicorn.Server, listening: Any) -> None:
     """Serves until a signal."""
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it after it has ended
         web.run(sockets=[listening])

@@ -29,9 +29,6 @@ from rlhf_jax.inference.serving.worker import Worker
 from rlhf_jax.models import hf
 from rlhf_jax.training.common import initial
 
-TOKEN = "SERVE_TOKEN"
-"""The environment variable of a token that is not made anew at each start."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(asking.Settings):
@@ -50,9 +47,8 @@ class Config(asking.Settings):
     names: tuple[str, ...] = ()
     """Host names under which it is reached, besides localhost and IP addresses."""
     token: bool = False
-    """Refuse requests without a token, which is made and printed once, or is read from the
-    environment variable SERVE_TOKEN. With another --host than this machine's own it is always so.
-    """
+    """Refuse requests without a token, which is made and printed once. It is always so with another
+    --host than this machine's own, and if the environment variable SERVE_TOKEN has a token."""
     columns: int = 65536
     """Columns of caches, prompts with their answers, of all requests to a model at once; others
     wait. Each costs the memory of a token in a cache."""
@@ -77,11 +73,11 @@ def run(folders: Sequence[str], config: Config) -> None:
         server, listening, address = web.listen(application(served), config.host, config.port)
         for name in [*served.policies, *served.judges]:
             logger.info(f"{address}/v1 serves {name}")
-        is_new = served.token is not None and TOKEN not in os.environ
-        page = f"{address}/#token={served.token}" if is_new else f"{address}/"
-        logger.info(f"page: {page}")
+        with_token = f"{address}/" if served.token is None else f"{address}/#token={served.token}"
+        is_known = served.token == os.environ.get("SERVE_TOKEN")
+        logger.info(f"page: {f'{address}/' if is_known else with_token}")
         if config.page:
-            webbrowser.open(page)
+            webbrowser.open(with_token)
         web.run(server, listening)
 
 
@@ -93,9 +89,9 @@ def opened(folders: Sequence[str], config: Config) -> Iterator[Served]:
         raise UserError("give folders of runs or models, each once, and reward models by --reward")
     policies = {name: _policy(name, config) for name in folders}
     judges = {name: _judge(name, config) for name in config.reward}
-    token = None
-    if config.token or not _is_own(config.host):
-        token = os.environ.get(TOKEN) or secrets.token_urlsafe(32)
+    token = os.environ.get("SERVE_TOKEN")
+    if token is None and (config.token or not _is_own(config.host)):
+        token = secrets.token_urlsafe(32)
     hosts = (*config.names, config.host)
     with _labels(config.labels) as kept:
         yield Served(policies, judges, token, hosts, config.seconds, kept)
