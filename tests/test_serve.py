@@ -16,9 +16,11 @@ from rlhf_jax import grpo, models
 from rlhf_jax.config import EngineServer, Optimizer, RLStage, RunConfig, Text
 from rlhf_jax.data import formats
 from rlhf_jax.data.tokenizers import characters
+from rlhf_jax.errors import UserError
 from rlhf_jax.generation.generator import Generator, LanguageModel
 from rlhf_jax.graders.service import Judge, reward_service
 from rlhf_jax.inference.labelling import summary
+from rlhf_jax.inference.serving import serve
 from rlhf_jax.sampling import SamplingConfig
 from rlhf_jax.training import rl
 
@@ -213,3 +215,34 @@ def test_a_judgement_is_a_row_to_train_on(folder, tmp_path):
     rows = formats.read("comparisons", [str(out)], seed=0).rows
     assert [row.responses for row in rows] == [("b", "a"), ("a", "b")]
     assert [given.choice for given in summary.read(out)] == ["b", "a"]
+
+
+@pytest.mark.parametrize(
+    ("host", "asked", "variable", "expected"),
+    [
+        ("127.0.0.1", False, "", None),
+        ("localhost", False, "", None),
+        ("::1", False, "", None),
+        ("127.0.0.1", True, "", "new"),
+        ("0.0.0.0", False, "", "new"),
+        ("192.168.1.2", False, "", "new"),
+        ("models.example.org", False, "", "new"),
+        ("127.0.0.1", False, "mine", "mine"),
+        ("0.0.0.0", True, "mine", "mine"),
+    ],
+)
+def test_who_needs_a_token(judge, monkeypatch, host, asked, variable, expected):
+    monkeypatch.setenv("SERVE_TOKEN", variable)
+    config = serve.Config(reward=(str(judge),), host=host, token=asked)
+    with serve.opened([], config) as served, serve.opened([], config) as again:
+        if expected == "new":
+            assert len(served.token) >= 43
+            assert served.token != again.token
+        else:
+            assert served.token == expected
+
+
+def test_each_folder_is_given_once(folder):
+    for folders in ([], [str(folder)] * 2):
+        with pytest.raises(UserError, match="each once"), serve.opened(folders, serve.Config()):
+            pass

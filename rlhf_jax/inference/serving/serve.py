@@ -89,7 +89,7 @@ def opened(folders: Sequence[str], config: Config) -> Iterator[Served]:
         raise UserError("give folders of runs or models, each once, and reward models by --reward")
     policies = {name: _policy(name, config) for name in folders}
     judges = {name: _judge(name, config) for name in config.reward}
-    token = os.environ.get("SERVE_TOKEN")
+    token = os.environ.get("SERVE_TOKEN") or None
     if token is None and (config.token or not _is_own(config.host)):
         token = secrets.token_urlsafe(32)
     hosts = (*config.names, config.host)
