@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import asked_runs
 import pytest
@@ -19,14 +18,13 @@ from browsing import check_access, chromium, opened
 from builders import json_lines
 from safetensors.numpy import load_file, save_file
 from starlette.applications import Starlette
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
-import rlhf_jax.inference
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.inference import asking, web
+from rlhf_jax.inference.serving import app
 
-FOLDER = Path(rlhf_jax.inference.__file__).parent
 DESKTOP = {"width": 1280, "height": 720}
 PHONE = {"width": 390, "height": 780}
 TOKEN = "a+b/c=-_d"
@@ -42,8 +40,8 @@ pytestmark = pytest.mark.slow
 class Fake:
     """A server of these models that keeps what it is asked, and says what it is told to.
 
-    ``says``: {model: the answer}, or the status of a refusal. An answer comes byte by byte, and
-    waits at each ⏸ for ``go``.
+    ``says``: {model: the answer}, or the status of a refusal. An answer waits at each ⏸ for
+    ``go``, and a piece of it is cut within 😀.
     ``ends``: the reason of the end, or an error, or None: it breaks off.
     ``refuses``: {path: (status, message)}.
     """
@@ -65,15 +63,9 @@ class Fake:
         return [body for at, body in self.asked if at == path]
 
     def app(self):
-        page = {"": "chat.html", "chat.js": "chat.js", "chat.css": "chat.css"}
-        kinds = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
-
-        def file(path, address):
-            content = path.read_bytes()
-            return Route(f"/{address}", lambda _: Response(content, media_type=kinds[path.suffix]))
-
-        routes = [file(FOLDER / "serving" / "page" / name, path) for path, name in page.items()]
-        routes.append(file(FOLDER / "labelling" / "page" / "label.css", "label.css"))
+        routes = [
+            Route(path, lambda _, file=file: app._file(*file)) for path, file in app._FILES.items()
+        ]
         for path in ("/v1/models", "/v1/chat/completions", "/score", "/judgement"):
             routes.append(Route(path, self._reply, methods=["GET", "POST"]))
         return web.Guard(Starlette(routes=routes), names=(), max_body=1 << 20)
@@ -110,8 +102,11 @@ class Fake:
         try:
             for part in text.split("⏸"):
                 choice = {"index": 0, "delta": {"content": part}, "finish_reason": None}
-                for byte in self._event({"choices": [choice]}):
-                    yield bytes([byte])
+                event = self._event({"choices": [choice]})
+                half = event.find("😀".encode()) + 2
+                yield event[:half]
+                await asyncio.sleep(0.05 if half > 1 else 0)
+                yield event[half:]
                 while not self.go.is_set():
                     yield b": waiting\n\n"
                     await asyncio.sleep(0.01)
@@ -451,6 +446,7 @@ def test_an_error_is_shown_and_the_message_can_be_sent_again(chat, num, says, en
     assert len(alert.splitlines()) == 1 + (num == 2 and says == 429)  # two models, two messages
     line = page.get_by_label("Your message")
     assert line.input_value() == "Who?"
+    assert page.locator("article").count() == 1
     fake.says = {}
     fake.ends = "length"
     line.press("Enter")
