@@ -33,6 +33,8 @@ def serve_models(
 
 def open_page(run: str, config: chat.Config) -> None:
     """The page with what ``rlhf-jax chat`` was asked for."""
+    if config.system is not None:
+        raise UserError("--system: write the system message on the page")
     folders = [run, *([] if config.compare is None else [config.compare])]
     how = {field.name: getattr(config, field.name) for field in dataclasses.fields(asking.Settings)}
     serve.run(folders, serve.Config(**how, reward=config.reward, page=True, port=0))

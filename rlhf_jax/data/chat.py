@@ -191,7 +191,9 @@ class ChatTemplate:
         with _template_errors(where):
             rendered, _ = self._rendered(_joined(messages, [turn]), None)
             content = content.strip()  # as some templates do
-            end = rendered.rindex(content) + len(content)
+            # In front of what closes the turn, where a short answer may stand once more.
+            close = len(rendered.removesuffix(self._closing_text))
+            end = rendered.rindex(content, 0, close) + len(content)
             if ends and self.end_of_turn is not None:
                 rendered = rendered[: end + self._end_in(rendered[end:])]
             return self._encode(rendered)[0]
@@ -630,14 +632,15 @@ def reading(
     tokenizer: Tokenizer,
     options: Mapping[str, Any] | None,
     special_tokens: Literal["text", "tokens"] | None = None,
+    where: str = "text.template_options",
 ) -> Tokenizer:
     """The tokenizer as a run with ``text.template_options`` and ``text.special_tokens`` reads. The
     options are defaults of its chat template, also for programs that read its folder.
 
     Raises:
-      UserError: there is no chat template, or it does not name one of the options' variables.
+      UserError: at ``where``: there is no chat template, or it does not name one of the options'
+        variables.
     """
-    where = "text.template_options"
     tokenizer = replace(tokenizer, spelled_as=special_tokens)
     if not options:
         return tokenizer

@@ -56,7 +56,8 @@ class Completions:
             "skip_special_tokens": False,
         }
         if self.is_ours:
-            body |= {"row_keys": request.row_keys, "first_slot": request.first_slot}
+            # The run cuts stop strings itself.
+            body |= {"row_keys": request.row_keys, "first_slot": request.first_slot, "stop": []}
         reply = self.ask("/v1/completions", client.Completions, body)
         choices = self.choices(reply)
         version = reply["model"]

@@ -1,6 +1,7 @@
 """Requests as prompts and samples, and the tokens that come back as OpenAI's choices."""
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 from collections.abc import AsyncGenerator, Iterator, Sequence
@@ -13,7 +14,7 @@ from jax import Array
 from starlette.concurrency import run_in_threadpool
 
 from rlhf_jax import models
-from rlhf_jax.data import chat, encoding
+from rlhf_jax.data import chat, conversation, encoding
 from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError
 from rlhf_jax.generation import stops
@@ -47,25 +48,28 @@ class Answer:
     finish: str | None = None
     num_sent: int = 0  # tokens, those of the prompt too if it is echoed
     num_written: int = 0  # characters
+    offset: int = 0  # characters of the tokens' names, as ``text_offset`` has them
 
 
 class Answers:
-    """All responses to a request.
+    """All responses to a request; ``loop`` is where they are waited for.
 
     Raises:
-        UserError: a prompt is wrong or too long.
+        UserError: a prompt is wrong or too long, or there are too many.
     """
 
-    def __init__(self, policy: Policy, asked: Chat | Completion):
+    def __init__(self, policy: Policy, asked: Chat | Completion, loop: asyncio.AbstractEventLoop):
         generator, worker, *_ = policy
         self.asked = asked
         self.all: list[Answer] = []
         self._policy = policy
         if isinstance(asked, Chat):
             prompts = [_chat_ids(generator, asked)]
-            most = asked.max_completion_tokens or asked.max_tokens
+            most = asked.max_completion_tokens
+            most = asked.max_tokens if most is None else most
             self._likeliest = (asked.top_logprobs or 0) if asked.logprobs else None
         else:
+            worker.check_number(len(asked.prompt) if isinstance(asked.prompt, list) else 1)
             prompts = _text_ids(generator, asked.prompt)
             most = asked.max_tokens
             self._likeliest = asked.logprobs
@@ -77,7 +81,6 @@ class Answers:
         self._jobs: list[Job] = []
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._ended: set[int] = set()
-        loop = asyncio.get_running_loop()
 
         def put(event: Event) -> None:
             loop.call_soon_threadsafe(self._events.put_nowait, event)
@@ -97,27 +100,32 @@ class Answers:
                 finish = None if length else "length"
                 self.all.append(Answer(len(self.all), ids, finish=finish))
 
-    async def begin(self) -> None:
-        """Reads the prompts if they are part of the answers, and lets the worker begin. Raises
-        Refused: too many are waiting.
-        """
-        if isinstance(self.asked, Completion) and self.asked.echo:
-            for first in range(0, len(self.all), self.asked.n):
-                await self._echo(self.all[first : first + self.asked.n])
+    def begin(self) -> None:
+        """Lets the worker begin. Raises Refused: too many are waiting."""
         self._policy.worker.ask(self._jobs)
 
-    async def pieces(self) -> AsyncGenerator[Answer, None]:
-        """An answer whenever there is more of it, once it has begun. Raises what went wrong."""
-        for answer in self.all:
-            if answer.finish:
-                yield answer
+    async def pieces(self) -> AsyncGenerator[Answer | None, None]:
+        """An answer whenever there is more of it, once they have begun; None after each second in
+        which nothing came. Raises what went wrong.
+        """
         try:
+            if isinstance(self.asked, Completion) and self.asked.echo:
+                for first in range(0, len(self.all), self.asked.n):
+                    await self._echo(self.all[first : first + self.asked.n])
+            for answer in self.all:
+                if answer.finish:
+                    yield answer
             while not all(answer.finish for answer in self.all):
-                event = await self._events.get()
+                event = None
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(1):
+                        event = await self._events.get()
                 if isinstance(event, Exception):
                     raise event
-                number, token, is_last = event
-                if self.all[number].finish is None:  # a stop string may have ended it
+                number, token, is_last = event or (0, None, False)
+                if token is None:
+                    yield None
+                elif self.all[number].finish is None:  # a stop string may have ended it
                     self._add(self.all[number], token, is_last)
                     yield self.all[number]
         finally:
@@ -178,10 +186,9 @@ class Answers:
         tokens = [*answer.echoed, *answer.tokens]
         is_first = not answer.num_sent
         text, new = whole[answer.num_written :], tokens[answer.num_sent :]
-        written = answer.num_written
         answer.num_written, answer.num_sent = len(whole), len(tokens)
         told: dict[str, Any] = {"index": answer.number, "finish_reason": answer.finish}
-        told["logprobs"] = None if self._likeliest is None else self._log_probs(new, written)
+        told["logprobs"] = None if self._likeliest is None else self._log_probs(new, answer)
         if isinstance(self.asked, Completion):
             told["text"] = text
         elif is_piece:
@@ -190,11 +197,12 @@ class Answers:
         else:
             told["message"] = {"role": "assistant", "content": text}
         if self.asked.return_token_ids:
-            told["prompt_token_ids"] = answer.prompt
+            if is_first:
+                told["prompt_token_ids"] = answer.prompt
             told["token_ids"] = [token.id for token in answer.tokens[-len(new) :]] if new else []
         return told
 
-    def _log_probs(self, tokens: Sequence[Token], offset: int) -> dict[str, Any]:
+    def _log_probs(self, tokens: Sequence[Token], answer: Answer) -> dict[str, Any]:
         """In the form of completions or of chats, with the names of tokens in place of ids."""
 
         def name(id: int) -> str:
@@ -207,7 +215,8 @@ class Answers:
             def told(id: int, log_prob: float) -> dict[str, Any]:
                 text = name(id)
                 number = max(log_prob, _LEAST)
-                return {"token": text, "logprob": number, "bytes": list(text.encode())}
+                whole = None if _NO_CHARACTER in text else list(text.encode())
+                return {"token": text, "logprob": number, "bytes": whole}
 
             content = [
                 told(token.id, token.log_prob)
@@ -216,7 +225,8 @@ class Answers:
             ]
             return {"content": content, "refusal": None}
         names = [name(token.id) for token in tokens]
-        offsets = offset + np.cumsum([0, *map(len, names)])[:-1]
+        offsets = answer.offset + np.cumsum([0, *map(len, names)])
+        answer.offset = int(offsets[-1])
         known = [None if np.isnan(x) else max(x, _LEAST) for _, x, _ in tokens]  # none before
         # The likeliest token last: two ids may have one name.
         ranked = [
@@ -229,17 +239,25 @@ class Answers:
             "top_logprobs": [
                 None if x is None else one for x, one in zip(known, ranked, strict=True)
             ],
-            "text_offset": offsets.tolist(),
+            "text_offset": offsets[:-1].tolist(),
         }
 
 
 def _chat_ids(generator: Generator, asked: Chat) -> list[int]:
-    """The conversation as the model reads it."""
+    """The conversation as the model reads it; a lone message of the user in the frame of a run
+    that had no chat template.
+    """
     tokenizer = generator.tokenizer
-    if asked.chat_template_kwargs:
-        tokenizer = chat.reading(tokenizer, asked.chat_template_kwargs, tokenizer.spelled_as)
+    options, where = asked.chat_template_kwargs, "chat_template_kwargs"
+    if options:
+        tokenizer = chat.reading(tokenizer, options, tokenizer.spelled_as, where)
     columns = {} if asked.tool_choice == "none" else {"tools": asked.tools}
     row = generator.row(asked.messages, "messages", columns, tokenizer)
+    if chat.frame(generator.template, tokenizer) is not None and not row.tools:
+        if [turn["role"] for turn in row.messages] == ["user"]:
+            row = Row(conversation.text_of(row.messages[0]), (), row.source)
+        elif generator.template != chat.AUTO or chat.template_of(tokenizer).tokenizer is None:
+            raise UserError("messages: there is no chat template; give one message of the user")
     return encoding.prompt_ids([row], tokenizer, generator.template)[0]
 
 
@@ -273,7 +291,7 @@ def _response_length(generator: Generator, num_prompt: int, most: int | None) ->
     positions = generator.room + generator.config.max_new_tokens
     room = positions - num_prompt
     length = min(generator.config.max_new_tokens, room) if most is None else most
-    if room < 1 or length > room:
+    if length > room or (most is None and room < 1):
         raise UserError(
             f"the prompt has {num_prompt} tokens and max_tokens is {length}; the model reads "
             f"{positions} in all"

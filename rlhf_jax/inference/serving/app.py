@@ -32,6 +32,7 @@ from rlhf_jax.inference.serving.answers import Answers, Policy
 from rlhf_jax.inference.serving.protocol import Chat, Completion, Judgement, Refused, Score
 
 MAX_BODY = 4 << 20  # bytes
+_READ = ("role", "content", "name")  # of an answer that is scored
 _FOLDER = Path(__file__).parent.parent
 _FILES = {
     "/": ("serving/page/chat.html", "text/html"),
@@ -48,6 +49,14 @@ class Judge(NamedTuple):
     scoring: asyncio.Lock  # held while it scores
 
 
+class Labels(NamedTuple):
+    """Judgements, and the file of preferences that they make."""
+
+    store: Store
+    out: Path
+    writing: asyncio.Lock
+
+
 class Served(NamedTuple):
     """What the application serves."""
 
@@ -56,7 +65,7 @@ class Served(NamedTuple):
     token: str | None = None
     names: tuple[str, ...] = ()  # further host names
     seconds: float = 600.0  # that a request may take
-    labels: tuple[Store, Path] | None = None  # where judgements of the page are kept
+    labels: Labels | None = None  # where judgements of the page are kept
 
 
 def error(status: int, message: str, code: str | None = None) -> Response:
@@ -148,7 +157,7 @@ def _models(served: Served) -> dict[str, Any]:
         data.append({"id": name, "kind": "policy", **limits})
     data += [{"id": name, "kind": "reward"} for name in served.judges]
     common = {"object": "model", "created": 0, "owned_by": "rlhf_jax"}
-    labels = served.labels and str(served.labels[1])
+    labels = served.labels and str(served.labels.out)
     return {"object": "list", "data": [one | common for one in data], "judgements": labels}
 
 
@@ -164,16 +173,16 @@ def _named(models: Mapping[str, Any], name: str | None, kind: str) -> tuple[str,
 async def _complete(served: Served, asked: Chat | Completion, request: Request) -> Response:
     """Answers to a conversation, or to texts."""
     name, policy = _named(served.policies, asked.model, "model")
-    answers = Answers(policy, asked)
+    loop = asyncio.get_running_loop()
+    answers = await run_in_threadpool(Answers, policy, asked, loop)
     is_chat = isinstance(asked, Chat)
-    head = {
+    head: dict[str, Any] = {
         "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{secrets.token_hex(12)}",
         "object": "chat.completion" if is_chat else "text_completion",
         "created": int(time.time()),
         "model": name,
-        **answers.prompt(),
     }
-    await answers.begin()
+    answers.begin()
     if asked.stream:
         head["object"] += ".chunk" if is_chat else ""
         events = _events(answers, head, served)
@@ -183,6 +192,7 @@ async def _complete(served: Served, asked: Chat | Completion, request: Request) 
             if await request.is_disconnected():
                 break  # nobody reads what is returned
     choices = [answers.choice(answer, is_piece=False) for answer in answers.all]
+    head |= answers.prompt()
     return JSONResponse(head | {"choices": choices, "usage": answers.usage()})
 
 
@@ -193,11 +203,17 @@ async def _events(answers: Answers, head: dict[str, Any], served: Served) -> Asy
         return f"data: {json.dumps(content)}\n\n"
 
     options = answers.asked.stream_options
+    prompt = answers.prompt()  # comes with the first piece
     try:
         async with asyncio.timeout(served.seconds):
             async with contextlib.aclosing(answers.pieces()) as pieces:
                 async for answer in pieces:
-                    yield event(head | {"choices": [answers.choice(answer, is_piece=True)]})
+                    if answer is None:
+                        yield ": waiting\n\n"  # a comment, which keeps the connection
+                        continue
+                    choice = answers.choice(answer, is_piece=True)
+                    yield event(head | prompt | {"choices": [choice]})
+                    prompt = {}
         if options is not None and options.include_usage:
             yield event(head | {"choices": [], "usage": answers.usage()})
     except Exception as fault:
@@ -233,7 +249,7 @@ def _scores(judge: LanguageModel, asked: Score) -> np.ndarray:
     for number, turns in enumerate(asked.columns.messages[: len(prompts)]):
         prompts[number] = turns or prompts[number]
     responses = [*asked.responses, *([] if asked.response is None else [asked.response])]
-    if len(prompts) != len(responses) or not (talks or prompts):
+    if len(prompts) != len(responses) or bool(talks) == bool(prompts):
         raise Refused(400, "give messages that end with an answer, or a response to each prompt")
     for prompt, response in zip(prompts, responses, strict=True):
         asks = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -243,6 +259,9 @@ def _scores(judge: LanguageModel, asked: Score) -> np.ndarray:
         talks[number] = conversation.messages_of(Record({"text": talk}, f"{number}"), "text")
         if len(talk) < 2 or talk[-1]["role"] != "assistant":
             raise Refused(400, f"text {number} must end with an answer of the assistant")
+        unread = [name for name, value in talk[-1].items() if value and name not in _READ]
+        if unread:
+            raise Refused(400, f"text {number}: {', '.join(unread)} of the answer is not scored")
     answers = [conversation.text_of(talk[-1]) for talk in talks]
     return judge.score_texts([talk[:-1] for talk in talks], answers)
 
@@ -251,12 +270,13 @@ async def _judge(served: Served, given: Judgement, _: Request) -> Response:
     """Keeps a judgement of the page."""
     if served.labels is None:
         raise Refused(404, "judgements are not kept here: start the server with --labels FILE")
-    store, out = served.labels
+    store, out, writing = served.labels
     turns = conversation.messages_of(Record({"messages": given.messages}, "the pair"), "messages")
 
     def keep() -> None:
         store.record("page", turns, given.answers, given.choice, given.seconds)
         label.write(store, out)
 
-    await run_in_threadpool(keep)
+    async with writing:
+        await run_in_threadpool(keep)
     return JSONResponse({"kept": True, "file": str(out)})

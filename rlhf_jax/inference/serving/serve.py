@@ -15,16 +15,16 @@ from typing import Any
 from starlette.types import ASGIApp
 
 from rlhf_jax.config import Compute
+from rlhf_jax.data import chat
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.evaluation.settings import check_at_least
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.inference import asking, label, web
 from rlhf_jax.inference.labelling import pairs
 from rlhf_jax.inference.labelling import settings as label_settings
-from rlhf_jax.inference.labelling.store import Store
 from rlhf_jax.inference.serving import app
 from rlhf_jax.inference.serving.answers import Policy
-from rlhf_jax.inference.serving.app import Judge, Served
+from rlhf_jax.inference.serving.app import Judge, Labels, Served
 from rlhf_jax.inference.serving.worker import Worker
 from rlhf_jax.models import hf
 from rlhf_jax.training.common import initial
@@ -58,7 +58,7 @@ class Config(asking.Settings):
     """That a request may take."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, port=0, columns=1, waiting=1, seconds=1)
+        check_at_least(self, port=0, columns=256, waiting=1, seconds=1)
 
 
 def run(folders: Sequence[str], config: Config) -> None:
@@ -84,6 +84,7 @@ def run(folders: Sequence[str], config: Config) -> None:
 @contextlib.contextmanager
 def opened(folders: Sequence[str], config: Config) -> Iterator[Served]:
     """The models, and what guards them."""
+    folders = [folder.rstrip("/") or folder for folder in folders]
     names = [*folders, *config.reward]
     if not names or len(set(names)) < len(names):
         raise UserError("give folders of runs or models, each once, and reward models by --reward")
@@ -114,7 +115,9 @@ def application(served: Served) -> ASGIApp:
 
 
 def _policy(name: str, config: Config) -> Policy:
-    generator = asking.open_policy(name, config)
+    # A model's folder says how its run asked, for conversations too.
+    asked = dataclasses.replace(config, template=config.template or chat.AUTO)
+    generator = asking.open_policy(name, asked)
     limits = {"most_columns": config.columns, "most_waiting": config.waiting}
     worker = Worker(generator.batch, **limits)
     return Policy(generator, worker, asyncio.Lock(), itertools.count(config.seed))
@@ -139,7 +142,7 @@ def _is_own(host: str) -> bool:
 
 
 @contextlib.contextmanager
-def _labels(out: str | None) -> Iterator[tuple[Store, Path] | None]:
+def _labels(out: str | None) -> Iterator[Labels | None]:
     """The store of a file of preferences, if there is one."""
     if out is None:
         yield None
@@ -147,4 +150,4 @@ def _labels(out: str | None) -> Iterator[tuple[Store, Path] | None]:
     settings = label_settings.Config(out=out, answers="the chat page")
     source = pairs.Source({"answers": "the chat page"}, 0, lambda _: iter(()))
     with label.opened(settings, lambda: source) as (store, _):
-        yield store, Path(out)
+        yield Labels(store, Path(out), asyncio.Lock())

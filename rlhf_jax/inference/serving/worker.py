@@ -31,6 +31,11 @@ class Job:
     first: int
     ended: set[int]
 
+    @property
+    def is_over(self) -> bool:
+        """Whether none of the samples gets a further token."""
+        return self.ended.issuperset(range(self.first, self.first + len(self.samples)))
+
 
 class Worker(threading.Thread):
     """Samples for all jobs that it gets: together, as far as ``most_columns`` of caches allow. At
@@ -53,6 +58,11 @@ class Worker(threading.Thread):
         """Whether nobody is being answered."""
         return not (self._waiting or self._running)
 
+    def check_number(self, num_prompts: int) -> None:
+        """Raises UserError if so many prompts can never wait."""
+        if num_prompts > self._most_waiting:
+            raise UserError(f"{num_prompts} prompts: --waiting allows {self._most_waiting}")
+
     def check(self, job: Job) -> None:
         """Raises UserError if there will never be room."""
         columns = self.batch.columns(len(job.ids), job.max_tokens, len(job.samples))
@@ -65,6 +75,7 @@ class Worker(threading.Thread):
     def ask(self, jobs: Sequence[Job]) -> None:
         """Begins jobs as soon as there is room. Raises Refused: too many are waiting."""
         with self._changed:
+            self._waiting = [job for job in self._waiting if not job.is_over]  # who has left
             if len(self._waiting) + len(jobs) > self._most_waiting:
                 raise Refused(429, f"{len(self._waiting)} prompts are waiting; try again later")
             self._waiting += jobs
@@ -110,8 +121,8 @@ class Worker(threading.Thread):
                 if self._running and room > self._most_columns:
                     return
                 self._waiting.pop(0)
-            numbered = list(enumerate(job.samples, job.first))
-            if not job.ended.issuperset(number for number, _ in numbered):
+            if not job.is_over:
+                numbered = enumerate(job.samples, job.first)
                 self._running |= {sample: (job, number) for number, sample in numbered}
                 self.batch.add(job.ids, job.samples, job.max_tokens)
 
