@@ -371,16 +371,18 @@ def test_a_full_queue(site, monkeypatch):
 
     monkeypatch.setattr(site.worker.batch, "step", held)
     with ThreadPoolExecutor() as pool:
-        first = pool.submit(site.chat, max_tokens=4)
-        assert begun.wait(60)
-        others = [pool.submit(site.chat, max_tokens=4) for _ in range(2)]
-        while len(site.worker._waiting) < 2:
-            time.sleep(0.01)
-        refused(site.chat(), 429)
-        refused(site.chat(stream=True), 429)
-        refused(site.post(TEXT, {"prompt": ["hello"] * 3}), 429)
-        assert site.client.get("/health").status_code == 200
-        go.set()
+        try:
+            first = pool.submit(site.chat, max_tokens=4)
+            assert begun.wait(60)
+            others = [pool.submit(site.chat, max_tokens=4) for _ in range(2)]
+            while len(site.worker._waiting) < 2:
+                time.sleep(0.01)
+            refused(site.chat(), 429)
+            refused(site.chat(stream=True), 429)
+            refused(site.post(TEXT, {"prompt": ["hello"] * 3}), 429)
+            assert site.client.get("/health").status_code == 200
+        finally:
+            go.set()
         assert [one.result().status_code for one in (first, *others)] == [200] * 3
     assert site.is_well()
 
@@ -419,11 +421,13 @@ def test_a_request_has_a_limit(folders, monkeypatch):
     with opened(folders, seconds=1) as site:
         step = site.worker.batch.step
         monkeypatch.setattr(site.worker.batch, "step", lambda: go.wait() and step())
-        refused(site.chat(), 504)
-        (said,) = events(site.chat(stream=True))
-        assert said["error"]["type"] == "server_error"
-        assert not site.worker.is_idle
-        go.set()
+        try:
+            refused(site.chat(), 504)
+            (said,) = events(site.chat(stream=True))
+            assert said["error"]["type"] == "server_error"
+            assert not site.worker.is_idle
+        finally:
+            go.set()
         assert becomes_idle(site)
 
 
