@@ -61,9 +61,9 @@ LONG = {
 RUNS = {
     *("chat_command", "distill_runs", "engines", "evaluate", "generate", "generator", "goldens"),
     *("keeping", "label", "live_memory", "moving_references", "out_of_memory", "plan"),
-    *("reward_interface", "rl_from_python", "rl_validation", "rounds", "stage_loop"),
-    *("stop_strings", "supervised", "trackers", "training", "validation_answers", "verify"),
-    *("wiring",),
+    *("reward_interface", "rl_from_python", "rl_validation", "rounds", "serve", "serve_hostile"),
+    *("serve_openai", "slots", "stage_loop", "stop_strings", "supervised", "trackers", "training"),
+    *("validation_answers", "verify", "wiring"),
 }
 
 
