@@ -22,6 +22,7 @@ from rlhf_jax.generation.generator import Generator, places_of
 from rlhf_jax.generation.slots import MOST_LIKELY, How, Sample, Token
 from rlhf_jax.inference.serving.protocol import Chat, Completion
 from rlhf_jax.inference.serving.worker import Event, Job, Worker
+from rlhf_jax.runs import devices
 
 _NO_CHARACTER = "\ufffd"  # of bytes that make none yet
 _LEAST = -9999.0  # JSON has no infinity
@@ -320,7 +321,7 @@ def _reader(model: models.Model) -> Any:
         policy = models.policy_fn(model, temperature)
         return policy(params, tokens, mask, statistic=ranked, arrays=(tokens,)).statistic
 
-    return jax.jit(read)
+    return jax.jit(read, compiler_options=devices.compiler_options(model.config.num_layers))
 
 
 def _read(generator: Generator, ids: list[int], how: How) -> list[Token]:
