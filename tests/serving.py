@@ -30,9 +30,9 @@ def running(*folders, **settings):
             thread.join()
 
 
-def chat_model(folder, max_length=512):
+def chat_model(folder, max_length=512, template="qwen2.5"):
     """A chat model with random weights and Qwen's template, which knows tools."""
-    chat_templates.write(folder, "qwen2.5")
+    chat_templates.write(folder, template)
     tokenizer = tokenizers.load_tokenizer(folder)
     ids = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     sizes = models.GPT2Config(

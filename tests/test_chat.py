@@ -4,6 +4,7 @@ import json
 import os
 
 import chat_families
+import chat_templates
 import numpy as np
 import pytest
 import tokenizers as hf
@@ -300,3 +301,18 @@ def test_a_conversation_without_a_template_for_it_is_refused(tmp_path, write):
     os.mkfifo(tmp_path / "additional_chat_templates" / "pipe.jinja")
     with pytest.raises(UserError, match=r"pipe\.jinja"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("response", ["d", "end", "im", "", " ", "<", "|im_end|>", "\n"])
+def test_a_short_answer_is_read_whole(response, tmp_path):
+    """Not cut within the token that ends its turn, which spells it once more."""
+    chat_templates.write(tmp_path, "chatml")
+    tokenizer = load_tokenizer(tmp_path)
+    template = chat.template_of(tokenizer, "auto")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    turns = [USER, {"role": "assistant", "content": response}]
+    whole = theirs.apply_chat_template(turns, return_dict=False)
+    end = tokenizer.backend.token_to_id("<|im_end|>")
+    until = len(whole) - whole[::-1].index(end)
+    assert template.answered([USER], response, "", ends=True) == whole[:until]
+    assert template.answered([USER], response, "") == whole

@@ -2,7 +2,11 @@
 scores; judgements.
 """
 
+import contextlib
 import json
+import string
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -10,12 +14,14 @@ import jax
 import numpy as np
 import pytest
 from builders import initial_params, metric_rows
-from serving import running
+from serving import chat_model, running
 
-from rlhf_jax import grpo, models
+from rlhf_jax import cli, grpo, models
 from rlhf_jax.config import EngineServer, Optimizer, RLStage, RunConfig, Text
 from rlhf_jax.data import formats
 from rlhf_jax.data.tokenizers import characters
+from rlhf_jax.engines import Request
+from rlhf_jax.engines.openai import Completions
 from rlhf_jax.errors import UserError
 from rlhf_jax.generation.generator import Generator, LanguageModel
 from rlhf_jax.graders.service import Judge, reward_service
@@ -26,6 +32,8 @@ from rlhf_jax.training import rl
 
 TOKENIZER = characters("abcdefgh say")
 LETTERS = "abcdefgh"
+CHAT = "/v1/chat/completions"
+HI = [{"role": "user", "content": "hi"}]
 
 
 def network(**more):
@@ -59,6 +67,19 @@ def ask(client, path="/v1/completions", **body):
 
 def texts(reply):
     return [choice["text"] for choice in reply["choices"]]
+
+
+def connect(address, **headers):
+    return httpx.Client(base_url=address, timeout=120, headers=headers)
+
+
+def streamed(client, path="/v1/completions", **body):
+    """The events of a stream."""
+    reply = client.post(path, json=body | {"stream": True})
+    assert reply.status_code == 200, reply.text
+    *events, done = [line.removeprefix("data: ") for line in reply.text.split("\n\n") if line]
+    assert done == "[DONE]"
+    return list(map(json.loads, events))
 
 
 def test_an_answer_is_the_one_of_generate(folder, server):
@@ -123,19 +144,292 @@ def test_the_log_probs_of_a_prompt_are_the_models(server):
     # lm-eval compares these two exactly.
     assert told["token_logprobs"][-1] == max(told["top_logprobs"][-1].values())
     assert reply["choices"][0]["text"].startswith("say abc")
+    cooler = np.asarray(jax.nn.log_softmax(model.unembed(params, hidden) / 0.5))[0]
+    reply = ask(client, prompt=ids, echo=True, max_tokens=0, logprobs=0, temperature=0.5)
+    told = reply["choices"][0]["logprobs"]["token_logprobs"]
+    np.testing.assert_allclose(told[1:], [cooler[t, i] for t, i in enumerate(ids[1:])], atol=1e-5)
 
 
-def test_a_run_may_sample_here(folder, tmp_path):
-    """With weights that are not updated it is the run that samples itself."""
+def test_a_prompt_may_fill_the_model(server):
+    client, _ = server
+    full = "say " + "abcdefgh" * 4 + "bags"
+    assert len(full) == 40
+    reply = ask(client, prompt=full, echo=True, max_tokens=0, logprobs=0)
+    (choice,) = reply["choices"]
+    assert (choice["text"], choice["finish_reason"]) == (full, "length")
+    assert len(choice["logprobs"]["token_logprobs"]) == 40
+    for body in ({"prompt": full, "max_tokens": 1}, {"prompt": full + "s", "max_tokens": 0}):
+        assert client.post("/v1/completions", json=body | {"echo": True}).status_code == 400
+
+
+@pytest.fixture(scope="module")
+def whole(server):
+    """A body, and its answer: six characters that differ."""
+    client, _ = server
+    how = {"prompt": "say", "max_tokens": 6, "ignore_eos": True, "return_token_ids": True}
+    how |= {"temperature": 3.0}
+    bodies = [how | {"seed": seed} for seed in range(60)]
+    with ThreadPoolExecutor(60) as pool:
+        choices = [
+            reply["choices"][0] for reply in pool.map(lambda one: ask(client, **one), bodies)
+        ]
+    return next(
+        (body, choice)
+        for body, choice in zip(bodies, choices, strict=True)
+        if len(set(choice["text"])) == 6
+    )
+
+
+def test_ids_may_end_an_answer(server, whole):
+    client, _ = server
+    body, choice = whole
+    ids = choice["token_ids"]
+    for ends in ([ids[3]], ids[5:2:-1]):
+        (ended,) = ask(client, **body, stop_token_ids=ends)["choices"]
+        assert ended["token_ids"] == ids[:4]
+        assert (ended["text"], ended["finish_reason"]) == (choice["text"][:3], "stop")
+
+
+def test_stop_strings_of_the_server_are_for_requests_without(folder, whole):
+    body, choice = whole
+    text = choice["text"]
+    with running(folder, max_new_tokens=12, stop=(text[3],)) as (address, _):
+        other = connect(address)
+        for given, expected in (
+            ({}, text[:3]),
+            ({"stop": None}, text[:3]),
+            ({"stop": text[5]}, text[:5]),
+            ({"stop": [text[5], text[4]]}, text[:4]),
+            ({"stop": []}, text),
+        ):
+            assert texts(ask(other, **body | given)) == [expected], given
+
+
+def test_nothing_of_a_stop_string_is_streamed(server, whole):
+    """A text that might begin one is held back until it does not."""
+    client, _ = server
+    body, choice = whole
+    text = choice["text"]
+    for stop, expected in ((text[3:6], text[:3]), (text[3:5] + text[3], text)):
+        pieces = [event["choices"][0]["text"] for event in streamed(client, **body, stop=stop)]
+        assert "".join(pieces) == expected
+        assert len([piece for piece in pieces if piece]) > 2
+    held = [piece for piece in pieces if text[3] in piece]
+    assert held[0].startswith(text[3:6])  # what did not become a stop string comes at once
+
+
+def test_special_tokens_are_left_out_unless_they_are_asked_for(server):
+    client, _ = server
+    body = {"prompt": "say", "n": 4, "seed": 0, "ignore_eos": True, "return_token_ids": True}
+    for skips, decode in ((True, TOKENIZER.decode), (False, TOKENIZER.decode_raw)):
+        choices = ask(client, **body, skip_special_tokens=skips)["choices"]
+        assert [one["text"] for one in choices] == [decode(one["token_ids"]) for one in choices]
+        assert any(TOKENIZER.eos_id in one["token_ids"] for one in choices)
+    assert "<|endoftext|>" in "".join(one["text"] for one in choices)
+
+
+@pytest.mark.parametrize("echo", [False, True])
+def test_a_stream_has_the_tokens_of_the_whole(server, echo):
+    client, _ = server
+    body = {"prompt": ["say a", "say"], "n": 2, "seed": 1, "logprobs": 2, "echo": echo}
+    body |= {"return_token_ids": True}
+    parts = [event["choices"][0] for event in streamed(client, **body)]
+    for number, choice in enumerate(ask(client, **body)["choices"]):
+        own = [part for part in parts if part["index"] == number]
+        assert len(own) > 1
+        assert "".join(part["text"] for part in own) == choice["text"]
+        assert [id for part in own for id in part["token_ids"]] == choice["token_ids"]
+        for name, values in choice["logprobs"].items():
+            assert [one for part in own for one in part["logprobs"][name]] == values, name
+
+
+def test_the_prompt_comes_with_the_first_piece_alone(server):
+    client, _ = server
+    body = {"prompt": "say", "n": 2, "seed": 1, "return_token_ids": True, "ignore_eos": True}
+    first, *others = streamed(client, **body)
+    assert first["prompt_text"] == "say"
+    assert first["prompt_token_ids"] == TOKENIZER.encode("say")
+    assert len(others) > 2
+    assert not any(event.keys() & {"prompt_text", "prompt_token_ids"} for event in others)
+    assert "prompt_text" not in ask(client, prompt="say", max_tokens=1)
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory):
+    """The client of a chat model whose template has a variable."""
+    folder = chat_model(tmp_path_factory.mktemp("talker"), template="qwen3")
+    with running(folder, max_new_tokens=4) as (address, served):
+        yield connect(address), next(iter(served.policies.values())).generator
+
+
+def read(client, messages=HI, **body):
+    """The prompt of a chat as the model reads it; nothing is sampled."""
+    body = {"messages": messages, "max_tokens": 0, "return_token_ids": True} | body
+    return ask(client, CHAT, **body)["prompt_text"]
+
+
+def test_variables_of_a_chat_template(talker):
+    client, _ = talker
+    opening = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    silent = opening + "<think>\n\n</think>\n\n"
+    assert read(client) == opening
+    assert read(client, chat_template_kwargs={"enable_thinking": False}) == silent
+    assert read(client, chat_template_kwargs={"enable_thinking": True}) == opening
+    assert read(client) == opening
+    body = {"messages": HI, "max_tokens": 0, "chat_template_kwargs": {"unheard_of": 1}}
+    reply = client.post(CHAT, json=body)
+    assert reply.status_code == 400
+    assert reply.json()["error"]["message"].startswith("chat_template_kwargs: ")
+
+
+def test_no_token_of_a_chat_is_an_answer_too(talker):
+    client, _ = talker
+    for how in (
+        {"max_completion_tokens": 0},
+        {"max_completion_tokens": 0, "max_tokens": 3},
+        {"max_tokens": 0},
+    ):
+        reply = ask(client, CHAT, messages=HI, **how)
+        (choice,) = reply["choices"]
+        assert (choice["message"]["content"], choice["finish_reason"]) == ("", "length")
+        assert reply["usage"]["completion_tokens"] == 0
+    body = {"messages": HI, "ignore_eos": True, "max_completion_tokens": 2, "max_tokens": 3}
+    assert ask(client, CHAT, **body)["usage"]["completion_tokens"] == 2
+
+
+def test_of_tokens_of_one_name_the_likeliest_is_told(talker):
+    """Such as bytes that make no character."""
+    client, generator = talker
+    body = {"prompt": "hello", "seed": 0, "logprobs": 20, "ignore_eos": True, "echo": True}
+    (by_name,) = ask(client, **body)["choices"]
+    (by_id,) = ask(client, **body, return_tokens_as_token_ids=True)["choices"]
+    num_equal = 0
+    for named, numbered in zip(
+        by_name["logprobs"]["top_logprobs"][1:], by_id["logprobs"]["top_logprobs"][1:], strict=True
+    ):
+        best = {}
+        for name, log_prob in numbered.items():
+            text = generator.tokenizer.decode_raw([int(name.removeprefix("token_id:"))])
+            best[text] = max(best.get(text, -np.inf), log_prob)
+        # The token itself stands there too, even if it is less likely than another of its name.
+        num_equal += len(numbered) - len(best)
+        assert named == best
+    assert num_equal > 5
+
+
+TWO_TURNS = [*HI, {"role": "assistant", "content": "ho"}, *HI]
+
+
+@pytest.mark.parametrize(
+    ("template", "lone", "several"),
+    [
+        (
+            "Human: {prompt}\nAssistant: ",
+            "Human: hi\nAssistant: ",
+            "Human: hi\nAssistant: ho<|endoftext|>Human: hi\nAssistant: ",
+        ),
+        ("{prompt}", "hi", None),
+        (None, "hi", None),
+    ],
+)
+def test_chats_without_a_chat_template(tmp_path, template, lone, several):
+    """As a run with this ``text.template`` left the folder; None: of a base model."""
+    tokenizer = characters(string.printable)
+    network = models.GPT2Config(tokenizer.vocab_size, 64, 16, 1, 2)
+    model = models.build(network)
+    saved = LanguageModel(model, initial_params(model), tokenizer)
+    saved.save(tmp_path, template=template or "{prompt}")
+    if template is None:
+        file = tmp_path / "tokenizer_config.json"
+        config = json.loads(file.read_text())
+        del config["chat_template"]
+        file.write_text(json.dumps(config))
+    with running(tmp_path, max_new_tokens=4) as (address, _):
+        client = connect(address)
+        assert read(client) == lone
+        if several is None:
+            body = {"messages": TWO_TURNS, "max_tokens": 0}
+            assert client.post(CHAT, json=body).status_code == 400
+            body = {"messages": [{"role": "system", "content": "be"}, *HI], "max_tokens": 0}
+            assert client.post(CHAT, json=body).status_code == 400
+        else:
+            assert read(client, TWO_TURNS) == several
+        body = {"messages": HI, "max_tokens": 0, "chat_template_kwargs": {"thinks": 1}}
+        assert client.post(CHAT, json=body).status_code == 400
+
+
+def test_settings_of_the_command_line(server, folder):
+    """Names, and the seeds of requests without one; a slash behind the folder is no other name."""
+    client, _ = server
+    host = {"host": "models.example.org"}
+    assert client.get("/health", headers=host).status_code == 421
+    body = {"prompt": "say", "n": 2}
+    with running(f"{folder}/", max_new_tokens=12, seed=7, names=("models.example.org",)) as (
+        address,
+        _,
+    ):
+        other = connect(address)
+        assert other.get("/health", headers=host).status_code == 200
+        assert [model["id"] for model in other.get("/v1/models").json()["data"]] == [str(folder)]
+        for seed in (7, 8):
+            assert texts(ask(other, **body)) == texts(ask(client, **body, seed=seed))
+    with pytest.raises(UserError), serve.opened([f"{folder}/", str(folder)], serve.Config()):
+        pass
+
+
+def test_a_queue_has_an_end(folder):
+    """A request that can never wait is wrong; one that cannot wait now may come again."""
+    go = threading.Event()
+    with running(folder, max_new_tokens=12, waiting=2) as (address, served):
+        client = connect(address)
+        worker = next(iter(served.policies.values())).worker
+        begun = threading.Event()
+
+        def held():
+            begun.set()
+            go.wait(60)
+            return iter(())
+
+        step, worker.batch.step = worker.batch.step, held
+        with ThreadPoolExecutor() as pool, contextlib.ExitStack() as stack:
+            stack.callback(go.set)
+            first = pool.submit(ask, client, prompt="say", max_tokens=2)
+            assert begun.wait(60)
+            waiting = pool.submit(ask, client, prompt=["say", "a"], max_tokens=2)
+            while len(worker._waiting) < 2:
+                time.sleep(0.01)
+            for number, status in ((1, 429), (2, 429), (3, 400)):
+                reply = client.post("/v1/completions", json={"prompt": ["say"] * number})
+                assert reply.status_code == status
+            worker.batch.step = step
+            go.set()
+            assert len(first.result()["choices"]) == 1
+            assert len(waiting.result()["choices"]) == 2
+
+
+REPLIES = """
+def reply(conversation, row):
+    turns = sum(message["role"] == "assistant" for message in conversation)
+    return ("ab", 1.0) if turns < 2 else None
+"""
+
+
+@pytest.mark.parametrize("turns", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_run_may_sample_here(folder, tmp_path, turns):
+    """With weights that are not updated it is the run that samples itself, in each turn of a
+    conversation too; what the server stops at is not for runs.
+    """
+    (tmp_path / "talk.py").write_text(REPLIES)
     rows = [{"prompt": f"say {letter}"} for letter in LETTERS]
     (tmp_path / "prompts.json").write_text(json.dumps(rows))
     found = {}
-    with running(folder, max_new_tokens=12) as (address, _):
+    with running(folder, max_new_tokens=12, stop=("e",)) as (address, _):
         for engine in (f"openai:{address}", None):
             stage = RLStage(
                 num_iterations=2,
                 batch_size=8,
-                max_new_tokens=6,
+                max_new_tokens=6 * turns,
+                environment=f"{tmp_path / 'talk.py'}:reply" if turns > 1 else None,
                 validation_fraction=0.25,
                 optimizer=Optimizer(learning_rate=0.0, schedule="constant"),
                 engine=engine,
@@ -155,6 +449,23 @@ def test_a_run_may_sample_here(folder, tmp_path):
     for own, served in zip(found[True], found[False], strict=True):
         assert own == pytest.approx({name: served[name] for name in own}, abs=1e-5)
     assert found[False][1]["policy/sampler_gap"] < 1e-5
+
+
+def test_samples_of_an_engine_are_those_of_its_keys_and_slots(server, folder):
+    """Whatever the server's own stop strings are."""
+    keys = [jax.random.key_data(jax.random.key(i)).tolist() for i in range(4)]
+    how = SamplingConfig(12, eos_id=TOKENIZER.eos_id, pad_id=TOKENIZER.pad_id)
+    prompt = TOKENIZER.encode("say")
+    client, _ = server
+    with running(folder, max_new_tokens=12, stop=tuple(LETTERS)) as (address, _):
+        engine = Completions(address, EngineServer(timeout=120.0))
+        for slot in (0, 5):
+            request = Request("v", prompt, 4, 12, 0, how, keys, slot)
+            tokens = [sample.tokens for sample in engine.sample(request)]
+            given = {"row_keys": keys, "first_slot": slot, "n": 4, "return_token_ids": True}
+            choices = ask(client, prompt=prompt, **given)["choices"]
+            assert tokens == [choice["token_ids"] for choice in choices]
+    assert max(map(len, tokens)) > 3
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +510,22 @@ def test_scores_in_all_the_forms_that_trainers_send(judge):
             assert client.post("/score", json=body).status_code == 400
         unserved = client.post("/v1/completions", json={"prompt": "say a"})
         assert unserved.status_code == 404
+        call = {"id": "c", "type": "function", "function": {"name": "a", "arguments": "{}"}}
+        for more in ({"tool_calls": [call]}, {"reasoning_content": "so"}):
+            said = [*talks[0][:1], talks[0][1] | more]
+            assert client.post("/score", json={"messages": said}).status_code == 400
+        both = {"messages": talks, "prompts": prompts, "responses": answers}
+        assert client.post("/score", json=both).status_code == 400
+
+
+def test_a_token_may_stand_in_the_address(judge):
+    with running(reward=(str(judge),), token=True) as (address, served):
+        for user in (f"any:{served.token}@", f":{served.token}@"):
+            client = connect(address.replace("//", f"//{user}"))
+            assert client.get("/v1/models").status_code == 200
+        for user in ("", "any:wrong@", f"{served.token}:@"):
+            client = connect(address.replace("//", f"//{user}"))
+            assert client.get("/v1/models").status_code == 401
 
 
 def test_a_judgement_is_a_row_to_train_on(folder, tmp_path):
@@ -215,6 +542,23 @@ def test_a_judgement_is_a_row_to_train_on(folder, tmp_path):
     rows = formats.read("comparisons", [str(out)], seed=0).rows
     assert [row.responses for row in rows] == [("b", "a"), ("a", "b")]
     assert [given.choice for given in summary.read(out)] == ["b", "a"]
+    assert [given.seconds for given in summary.read(out)] == [2.0, 2.0]
+
+
+def test_judgements_at_once_are_all_kept(judge, tmp_path):
+    out = tmp_path / "labels.jsonl"
+    with running(reward=(str(judge),), labels=str(out)) as (address, _):
+        client = connect(address)
+
+        def keep(number):
+            body = {"messages": HI, "answers": [f"a{number}", "b"], "choice": "a"}
+            return ask(client, "/judgement", **body)
+
+        with ThreadPoolExecutor(30) as pool:
+            assert all(told["kept"] for told in pool.map(keep, range(30)))
+    rows = formats.read("comparisons", [str(out)], seed=0).rows
+    assert {row.responses for row in rows} == {(f"a{number}", "b") for number in range(30)}
+    assert len(rows) == 30
 
 
 @pytest.mark.parametrize(
@@ -246,3 +590,22 @@ def test_each_folder_is_given_once(folder):
     for folders in ([], [str(folder)] * 2):
         with pytest.raises(UserError, match="each once"), serve.opened(folders, serve.Config()):
             pass
+
+
+def test_chat_with_a_page_passes_what_it_was_asked_for(monkeypatch):
+    started = []
+    monkeypatch.setattr(serve, "run", lambda folders, config: started.append((folders, config)))
+    how = {"max_new_tokens": 9, "temperature": 0.5, "top_k": 3, "top_p": 0.8, "min_p": 0.1}
+    how |= {"repetition_penalty": 1.5, "template": "Q: {prompt}", "seed": 4, "dtype": "bfloat16"}
+    flags = [part for name, value in how.items() for part in (f"--{name}", str(value))]
+    flags += ["--stop", "x", "y", "--template_options", '{"a": 1}', "--device", "cpu"]
+    cli.run(["chat", "runs/a", "--page", "--compare", "runs/b", "--reward", "runs/rm", *flags])
+    ((folders, config),) = started
+    assert folders == ["runs/a", "runs/b"]
+    how |= {"stop": ("x", "y"), "template_options": {"a": 1}, "device": "cpu"}
+    assert config == serve.Config(**how, reward=("runs/rm",), page=True, port=0)
+    cli.run(["chat", "runs/a", "--page"])
+    assert started[1] == (["runs/a"], serve.Config(page=True, port=0))
+    with pytest.raises(UserError, match="--system"):
+        cli.run(["chat", "runs/a", "--page", "--system", "be kind"])
+    assert len(started) == 2

@@ -379,7 +379,8 @@ def test_a_full_queue(site, monkeypatch):
                 time.sleep(0.01)
             refused(site.chat(), 429)
             refused(site.chat(stream=True), 429)
-            refused(site.post(TEXT, {"prompt": ["hello"] * 3}), 429)
+            refused(site.post(TEXT, {"prompt": ["hello"] * 2}), 429)
+            refused(site.post(TEXT, {"prompt": ["hello"] * 3}), 400)
             assert site.client.get("/health").status_code == 200
         finally:
             go.set()

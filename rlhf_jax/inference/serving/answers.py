@@ -257,7 +257,10 @@ def _chat_ids(generator: Generator, asked: Chat) -> list[int]:
     if chat.frame(generator.template, tokenizer) is not None and not row.tools:
         if [turn["role"] for turn in row.messages] == ["user"]:
             row = Row(conversation.text_of(row.messages[0]), (), row.source)
-        elif generator.template != chat.AUTO or chat.template_of(tokenizer).tokenizer is None:
+        elif (
+            generator.template != chat.AUTO
+            or chat.template_of(tokenizer, chat.AUTO).tokenizer is None
+        ):
             raise UserError("messages: there is no chat template; give one message of the user")
     return encoding.prompt_ids([row], tokenizer, generator.template)[0]
 
