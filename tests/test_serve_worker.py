@@ -218,4 +218,5 @@ def test_it_stops_behind_the_present_token():
     assert stopper.is_alive()  # it waits for the token
     worker.batch.go.set()
     stopper.join(WAIT)
-    assert not (stopper.is_alive() or worker.is_alive())
+    assert not stopper.is_alive()
+    assert not worker.is_alive()
