@@ -331,6 +331,7 @@ TWO_TURNS = [*HI, {"role": "assistant", "content": "ho"}, *HI]
         ("{prompt}", "hi", None),
         (None, "hi", None),
     ],
+    ids=["framed", "bare", "base"],
 )
 def test_chats_without_a_chat_template(tmp_path, template, lone, several):
     """As a run with this ``text.template`` left the folder; None: of a base model."""
@@ -359,20 +360,21 @@ def test_chats_without_a_chat_template(tmp_path, template, lone, several):
 
 
 def test_settings_of_the_command_line(server, folder):
-    """Names, and the seeds of requests without one; a slash behind the folder is no other name."""
+    """Host names, columns and the first seed; a slash behind the folder is no other name."""
     client, _ = server
     host = {"host": "models.example.org"}
     assert client.get("/health", headers=host).status_code == 421
     body = {"prompt": "say", "n": 2}
-    with running(f"{folder}/", max_new_tokens=12, seed=7, names=("models.example.org",)) as (
-        address,
-        _,
-    ):
+    how = {"seed": 7, "names": ("models.example.org",), "columns": 256}
+    with running(f"{folder}/", max_new_tokens=12, **how) as (address, _):
         other = connect(address)
         assert other.get("/health", headers=host).status_code == 200
         assert [model["id"] for model in other.get("/v1/models").json()["data"]] == [str(folder)]
         for seed in (7, 8):
             assert texts(ask(other, **body)) == texts(ask(client, **body, seed=seed))
+        many = other.post("/v1/completions", json=body | {"n": 16})
+        assert many.status_code == 400
+        assert "--columns" in many.json()["error"]["message"]
     with pytest.raises(UserError), serve.opened([f"{folder}/", str(folder)], serve.Config()):
         pass
 
