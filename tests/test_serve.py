@@ -397,6 +397,7 @@ def test_a_queue_has_an_end(folder):
         step, worker.batch.step = worker.batch.step, held
         with ThreadPoolExecutor() as pool, contextlib.ExitStack() as stack:
             stack.callback(go.set)
+            stack.callback(setattr, worker.batch, "step", step)
             first = pool.submit(ask, client, prompt="say", max_tokens=2)
             assert begun.wait(60)
             waiting = pool.submit(ask, client, prompt=["say", "a"], max_tokens=2)
@@ -406,8 +407,7 @@ def test_a_queue_has_an_end(folder):
                 body = {"prompt": ["say"] * number}
                 reply = client.post("/v1/completions", json=body, timeout=20)
                 assert reply.status_code == status
-            worker.batch.step = step
-            go.set()
+            stack.close()
             assert len(first.result()["choices"]) == 1
             assert len(waiting.result()["choices"]) == 2
 
