@@ -137,7 +137,7 @@ def main(
                     raise UserError(f"the servers read other prompts: {prompts}")
     if out is not None:
         rows = [
-            results.row(name, 0, tokens, f"tokens a second, clients: {clients}{edge}", number)
+            results.row(name, results.ALL, tokens, f"tokens a second, clients: {clients}{edge}", number)
             for (name, clients), speeds in rates.items()
             for edge, number in zip(
                 ("", *results.EDGES),
