@@ -136,8 +136,9 @@ def main(
                 if prompts[0] != prompts[1]:
                     raise UserError(f"the servers read other prompts: {prompts}")
     if out is not None:
+        metric = "tokens a second, clients: "
         rows = [
-            results.row(name, results.ALL, tokens, f"tokens a second, clients: {clients}{edge}", number)
+            results.row(name, results.ALL, tokens, f"{metric}{clients}{edge}", number)
             for (name, clients), speeds in rates.items()
             for edge, number in zip(
                 ("", *results.EDGES),
