@@ -347,7 +347,8 @@ def becomes_idle(site):
 def test_who_leaves_frees_the_slots(site, paced):
     body = {"messages": HI, "n": 3, "max_tokens": LONG, "ignore_eos": True}
     with site.client.stream("POST", CHAT, json=body | {"stream": True}) as reply:
-        assert next(reply.iter_lines()).startswith("data: ")
+        lines = reply.iter_lines()
+        next(line for line in lines if line.startswith("data: "))  # behind ": waiting"
         assert not site.worker.is_idle
     assert becomes_idle(site)
     assert 0 < len(paced) < LONG
@@ -355,7 +356,7 @@ def test_who_leaves_frees_the_slots(site, paced):
     with pytest.raises(httpx.ReadTimeout):
         site.client.post(CHAT, json=body, timeout=1)
     assert becomes_idle(site)
-    assert 0 < len(paced) < LONG
+    assert len(paced) < LONG
     assert site.is_well()
 
 
