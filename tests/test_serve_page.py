@@ -645,7 +645,8 @@ def test_two_models_are_compared_on_the_real_server(browser, tmp_path):
     file = runs / "other" / "model" / "model.safetensors"
     save_file({name: -leaf for name, leaf in load_file(file).items()}, file)
     folders = [str(runs / name) for name in ("policy", "other")]
-    policies = [asking.open_policy(folder, asking.Settings()) for folder in folders]
+    own = asking.Settings(template="auto")  # as the folders say that their runs asked
+    policies = [asking.open_policy(folder, own) for folder in folders]
     judge = LanguageModel.load(runs / "reward" / "model")
     options = ("--reward", "reward", "--labels", "labels.jsonl", "--token")
     with serving(runs, "policy", "other", *options) as address:
@@ -672,8 +673,7 @@ def test_two_models_are_compared_on_the_real_server(browser, tmp_path):
         assert said(page) == [policy([whole], seed=0).texts[0] for policy in policies]
         page.get_by_text("Prompt", exact=True).last.click()
         prompt = columns(page).last.locator("details .text").inner_text()
-        told = f"User:\nwho\n\nAssistant:\n{texts[1]}\n\nUser:\nand y\n\nAssistant:\n:"
-        assert prompt == told
+        assert prompt == f"who:{texts[1]}<|endoftext|>and y:"  # the frame of the run, twice
         send(page, "z" * 90)
         page.get_by_role("alert").get_by_text("tokens").wait_for()
         assert [one for one in errors if "400" not in one] == []
