@@ -22,7 +22,8 @@ def score():
 
 
 def worker_score(name, answer):
-    return verifiable._gym.ask([name, answer], 60)
+    told = verifiable._gym.ask([name, answer], 60)
+    return 0.0 if isinstance(told, str) else told
 
 
 def test_rows_are_a_function_of_task_seed_and_number(tmp_path, capsys):
@@ -113,6 +114,17 @@ def test_the_reward_of_a_run_needs_the_rows(monkeypatch):
     monkeypatch.setattr(verifiable.metadata, "distributions", lambda name: [])
     with pytest.raises(UserError, match=r"reasoning_gym 0\.1\.25; pip install"):
         build("gym:gcd", ["gym"])
+
+
+def test_a_verifier_that_raises_gives_0_and_says_why(monkeypatch, caplog, score):
+    assert score("500") == 1
+    ask = verifiable._gym.ask
+    told = "ValueError: nothing to read"
+    monkeypatch.setattr(
+        verifiable._gym, "ask", lambda line, *more: told if len(line) == 2 else ask(line, *more)
+    )
+    assert score("500") == 0
+    assert f"{LEGS}: 0 for '500': {told}" in caplog.text
 
 
 def test_a_verifier_that_hangs_gives_0_and_the_run_goes_on(tmp_path, monkeypatch, caplog, score):

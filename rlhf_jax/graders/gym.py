@@ -22,7 +22,9 @@ made = functools.lru_cache(maxsize=1024)(lambda rows, place: rows[place])
 
 
 def reply(name: str, answer: str | None = None) -> object:
-    """The row, or the score of an answer to it; None: impossible. Of "" the names of all tasks."""
+    """The row, or the score of an answer to it, or as a text why the verifier gave none. Of "" the
+    names of all tasks.
+    """
     if not name:
         return sorted(factory.DATASETS.keys() - UNUSABLE)
     task, seed, number = name.split("/")
@@ -36,8 +38,8 @@ def reply(name: str, answer: str | None = None) -> object:
         return 0.0
     try:
         return float(rows.score_answer(answer, entry))
-    except Exception:  # of some verifiers, for what they cannot read
-        return 0.0
+    except Exception as error:  # of some verifiers, for what they cannot read
+        return f"{type(error).__name__}: {error}"
 
 
 if __name__ == "__main__":

@@ -109,10 +109,13 @@ def gym(task: str) -> Reward:
         for place in ("tags", "boxed"):
             text = (answers.find(text, "words", place) or Found(text.strip(), False)).text
         try:
-            return _gym.ask([name, text], SECONDS) if text else 0.0
+            told = _gym.ask([name, text], SECONDS) if text else 0.0
         except Ended:
-            logger.warning(f"gym: {name}: 0 for {text!r:.200}: no score after {SECONDS:g} s")
+            told = f"no score after {SECONDS:g} s"
+        if isinstance(told, str):
+            logger.warning(f"gym: {name}: 0 for {text!r:.200}: {told}")
             return 0.0
+        return float(told)
 
     return lambda prompts, responses, gym: [*map(score, prompts, responses, gym)]
 
