@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import string
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -604,6 +605,15 @@ def test_each_folder_is_given_once(folder):
     for folders in ([], [str(folder)] * 2):
         with pytest.raises(UserError, match="each once"), serve.opened(folders, serve.Config()):
             pass
+
+
+def test_a_missing_package_of_the_server_is_named(monkeypatch):
+    monkeypatch.delitem(sys.modules, "rlhf_jax.inference.serving.serve", raising=False)
+    monkeypatch.delattr("rlhf_jax.inference.serving.serve", raising=False)
+    monkeypatch.setitem(sys.modules, "starlette.types", None)
+    for command in (["serve", "runs/a"], ["chat", "runs/a", "--page"]):
+        with pytest.raises(UserError, match=r"starlette.types: pip install 'rlhf-jax\[serve\]'"):
+            cli.run(command)
 
 
 def test_chat_with_a_page_passes_what_it_was_asked_for(monkeypatch):

@@ -1,21 +1,18 @@
 """``rlhf-jax serve``: models for programs that speak OpenAI's protocol, and for a browser."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import tyro
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.inference import asking, chat
-
-try:
-    from rlhf_jax.inference.serving import serve
-except ModuleNotFoundError as error:
-    raise UserError(f"this needs the package {error.name}: pip install 'rlhf-jax[serve]'") from None
+from rlhf_jax.inference.serving.settings import Config
 
 
 def serve_models(
     runs: tyro.conf.Positional[tuple[str, ...]],
-    config: tyro.conf.OmitArgPrefixes[serve.Config],
+    config: tyro.conf.OmitArgPrefixes[Config],
 ) -> None:
     """Answer OpenAI's requests with models, and serve a page to talk with them.
 
@@ -28,7 +25,7 @@ def serve_models(
         runs: folders of finished runs, or of models; a request names one of them.
         config: how they sample, and who may ask.
     """
-    serve.run(runs, config)
+    _serve(runs, config)
 
 
 def open_page(run: str, config: chat.Config) -> None:
@@ -37,4 +34,14 @@ def open_page(run: str, config: chat.Config) -> None:
         raise UserError("--system: write the system message on the page")
     folders = [run, *([] if config.compare is None else [config.compare])]
     how = {field.name: getattr(config, field.name) for field in dataclasses.fields(asking.Settings)}
-    serve.run(folders, serve.Config(**how, reward=config.reward, page=True, port=0))
+    _serve(folders, Config(**how, reward=config.reward, page=True, port=0))
+
+
+def _serve(folders: Sequence[str], config: Config) -> None:
+    try:
+        from rlhf_jax.inference.serving import serve
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"this needs the package {error.name}: pip install 'rlhf-jax[serve]'"
+        ) from None
+    serve.run(folders, config)

@@ -17,7 +17,6 @@ from starlette.types import ASGIApp
 from rlhf_jax.config import Compute
 from rlhf_jax.data import chat
 from rlhf_jax.errors import UserError, logger
-from rlhf_jax.evaluation.settings import check_at_least
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.inference import asking, label, web
 from rlhf_jax.inference.labelling import pairs
@@ -25,40 +24,10 @@ from rlhf_jax.inference.labelling import settings as label_settings
 from rlhf_jax.inference.serving import app
 from rlhf_jax.inference.serving.answers import Policy
 from rlhf_jax.inference.serving.app import Judge, Labels, Served
+from rlhf_jax.inference.serving.settings import Config
 from rlhf_jax.inference.serving.worker import Worker
 from rlhf_jax.models import hf
 from rlhf_jax.training.common import initial
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(asking.Settings):
-    """How the models sample where a request says nothing, and who may ask."""
-
-    reward: tuple[str, ...] = ()
-    """Folders of reward models, which /score asks, and the page beside each answer."""
-    page: bool = False
-    """Open the page in a browser."""
-    labels: str | None = None
-    """Where "A is better" of the page is kept: JSON lines that reward-model and dpo train on."""
-    host: str = "127.0.0.1"
-    """Where the server listens; 0.0.0.0 lets other machines in, which needs TLS in front."""
-    port: int = 8000
-    """0: any free port."""
-    names: tuple[str, ...] = ()
-    """Host names under which it is reached, besides localhost and IP addresses."""
-    token: bool = False
-    """Refuse requests without a token, which is made and printed once. It is always so with another
-    --host than this machine's own, and if the environment variable SERVE_TOKEN has a token."""
-    columns: int = 65536
-    """Columns of caches, prompts with their answers, of all requests to a model at once; others
-    wait. Each costs the memory of a token in a cache."""
-    waiting: int = 256
-    """Prompts that may wait for a model; further ones are refused."""
-    seconds: float = 600.0
-    """That a request may take."""
-
-    def __post_init__(self) -> None:
-        check_at_least(self, port=0, columns=256, waiting=1, seconds=1)
 
 
 def run(folders: Sequence[str], config: Config) -> None:
