@@ -456,7 +456,7 @@ def test_every_setting_may_change_freely_or_with_permission_or_never(config, mon
     monkeypatch.setattr(manifest, "Settings", dict)  # each value is a text here
     settings = manifest.dotted(dataclasses.asdict(config))
     settings = {key: str(value) for key, value in settings.items()}
-    fixed = opening._fixed(config)
+    fixed = opening.fixed(config)
     kinds = {"never": {}, "freely": {}, "with permission": {}}
     for key in settings:
         name = "freely" if manifest.within(key, opening.MAY_CHANGE) else "with permission"

@@ -249,7 +249,7 @@ def test_a_run_of_more_devices_is_repeated_on_those_that_are_here(copied):
     settings = (copied / "config.yaml").read_text()
     assert "  data: -1\n" in settings
     (copied / "config.yaml").write_text(settings.replace("  data: -1\n", "  data: 8\n"))
-    assert verify._config(copied, None, (), False).mesh.data == -1
+    assert verify._config(copied, [], False).mesh.data == -1
 
 
 @pytest.mark.parametrize(
@@ -380,7 +380,7 @@ def test_nothing_that_a_run_names_is_touched_without_trust(values, copied, monke
         (copied.parent / name).write_text("raise SystemExit('it ran')")
     set_in_config(copied, **values)
     monkeypatch.chdir(copied.parent)
-    reads = "rlhf_jax.cli.verify._inputs"
+    reads = "rlhf_jax.cli.verify.checksums"
     monkeypatch.setattr(reads, lambda config, stage: pytest.fail("read before it was asked"))
     key = next(iter(values))
     with pytest.raises(UserError, match=rf"config\.yaml.*: (data|{key}).*\n.*--trust-config"):
@@ -401,7 +401,7 @@ def test_python_is_named_as_not_known_to_repeat(tmp_path, monkeypatch):
     """Of a run that ended before its first step."""
     monkeypatch.chdir(tmp_path)
     config = dataclasses.replace(letters_run(tmp_path), output_dir="run")
-    with open_run(config, "vpg", verify._inputs(config, "vpg")) as run:
+    with open_run(config, "vpg", verify.checksums(config, "vpg")) as run:
         folder = run.folder.path
     (folder / "metrics.jsonl").write_text('{"step": 1}\n')
     flip(tmp_path / "prompts.json", (tmp_path / "prompts.json").read_bytes().index(b"say"))

@@ -32,6 +32,7 @@ COMMANDS = {
     "report": Command("report:report_runs", "one HTML page: curves, samples, settings"),
     "evaluate": Command("evaluate:evaluate_run", "judge a model by data"),
     "verify": Command("verify:verify_run", "repeat a part of a run, compare byte by byte"),
+    "fork": Command("fork:fork", "go on from a checkpoint of a run with a change"),
     "data check": Command("data:check_data", "every problem of data files"),
     "data preview": Command("preview:main", "the first rows, and what of them a stage learns"),
     "data demo": Command("data:write_demo", "write the generated corpus"),
@@ -61,7 +62,11 @@ GROUPS: dict[str, dict[str, str]] = {
         "label": "",
         "export": "",
     },
-    "Look": {"report": "", "evaluate": "", "verify": ""},
+    "Look": {
+        "report": "",
+        "evaluate": "",
+        "verify, fork": "repeat a part of a run; go on from it with a change",
+    },
     "Data": {"data": "data check, preview, demo, gym: your files"},
     "Machine": {"models": "", "configs": "", "plan": "", "doctor": ""},
 }

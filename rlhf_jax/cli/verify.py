@@ -16,7 +16,7 @@ import secrets
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -38,7 +38,7 @@ from rlhf_jax.errors import (
     no_folder,
     read_file,
 )
-from rlhf_jax.runs import folder, manifest, reading
+from rlhf_jax.runs import folder, keeping, manifest, reading
 from rlhf_jax.runs.checkpoint import CheckpointError, Checkpoints
 from rlhf_jax.training import rl
 from rlhf_jax.training.common.opening import MAY_CHANGE, fingerprints_of
@@ -57,6 +57,7 @@ ROWS = ("metrics.jsonl", "samples.jsonl")
 STARTS: dict[str, Any] = {"output_dir": None, "resume": False, "overwrite": False}
 STARTS |= {"allow_changed": (), "processes": None, "track": ()}
 NUM_DRAWN = 3  # steps that --random draws without --steps
+SECTIONS = ("lora", "rl.engine", "reward")  # of which verify has flags
 WHOLE = "the row"  # the text of a row of metrics.jsonl or samples.jsonl, beside its values
 EXCERPT = 24  # characters on either side of the first one that differs
 # Facts of a manifest.
@@ -135,23 +136,20 @@ def verify(
             setting is wrong.
     """
     path = Path(run)
-    recorded = _manifest(path)
-    folder.check_links(path)
+    recorded = read_manifest(path)
     spans = _spans(path, start, num_steps, from_scratch, draw)
     stage = recorded["stage"]
+    flags = [] if model is None else ["--model", model]
+    if reward:
+        flags += ["--reward", *reward]
+    if (path / "engine").is_dir():  # the samples that the run kept: no server is asked
+        flags += ["--rl.engine", f"stored:{path / 'engine'}"]
+    config = read_config(path, recorded, flags, data, trust_config)
     last_start = manifest.last_start(recorded)
-    config = _with_data(_config(path, model, reward, trust_config), recorded, data)
-    if not trust_config:
-        named = [name for names in _data_names(config, stage).values() for name in names]
-        left = tuple(name for name in named if name not in data)
-        check_trusted({"data": (left, str(path / "config.yaml"))})
-    config = set_up(config, threads=last_start.get("threads"))  # before JAX begins
     unsure = _unsure(config, stage, last_start)
-    here = _inputs(config, stage)
-    differences = _setting_differences(path) + _input_differences(recorded["data"], here)
-    for span in spans:
-        if span.start is not None:
-            differences += _arrays(path, span.start)[1]
+    here = checksums(config, stage)
+    starts = [span.start for span in spans if span.start is not None]
+    differences = start_differences(path, starts, recorded["data"], here)
     if differences:
         why = "nothing was repeated: the files or settings at the start differ"
         return Audit(differences, [], unsure, why)
@@ -161,7 +159,7 @@ def verify(
             ours = Path(scratch) / "run"
             _repeat(path, ours, config, span, {**recorded, "data": here})
             written = reading.read_json(ours / "manifest.json", reading.Manifest)
-            found, compared = _compare(path, ours, span)
+            found, compared = compare(path, ours, span)
         differences += found
         sentences.append(compared)
     machine = manifest.differences(_machine(last_start), _machine(manifest.last_start(written)))
@@ -175,8 +173,12 @@ def _machine(facts: Facts) -> Facts:
 # --- What the run is
 
 
-def _manifest(path: Path) -> Facts:
-    """The manifest of a run of one of this package's stages that Python gave nothing to."""
+def read_manifest(path: Path) -> Facts:
+    """The manifest of a run of one of this package's stages that Python gave nothing to.
+
+    Raises:
+        UserError: it is not such a run, or a link in its folder leads elsewhere.
+    """
     if not path.is_dir():
         raise no_folder(path)
     file = path / "manifest.json"
@@ -192,6 +194,7 @@ def _manifest(path: Path) -> Facts:
         why = f"Python gave it {', '.join(recorded['given'])}"
     if why:
         raise UserError(f"{path}: {why}; only the script that made the run can repeat it")
+    folder.check_links(path)
     return recorded
 
 
@@ -242,18 +245,37 @@ def _spans(
     return [Span(place, drawn[-1], end, drawn) for place, drawn in groups.items()]
 
 
-def _config(path: Path, model: str | None, reward: Names, trust_config: bool) -> RunConfig:
+def read_config(
+    path: Path,
+    recorded: Facts,
+    flags: Names,
+    data: Names,
+    trust_config: bool,
+    sections: Names = SECTIONS,
+) -> RunConfig:
+    """The settings of a run, as flags change them, with the places of its ``data`` here. JAX begins
+    with the run's number of threads.
+
+    Args:
+        sections: those that have flags.
+
+    Raises:
+        UserError: a flag is wrong, or the config names what is not trusted.
+    """
+    config = _with_data(_config(path, flags, trust_config, sections), recorded, data)
+    if not trust_config:
+        every = _data_names(config, recorded["stage"]).values()
+        left = tuple(name for names in every for name in names if name not in data)
+        check_trusted({"data": (left, str(path / "config.yaml"))})
+    return set_up(config, threads=manifest.last_start(recorded).get("threads"))
+
+
+def _config(path: Path, flags: Names, trust_config: bool, sections: Names = SECTIONS) -> RunConfig:
     """The settings of config.yaml without those of the script that made the run, and without what
     says how the run was started and whom it told. Whether its data is trusted is asked later.
     """
     file = path / "config.yaml"
-    argv = ["--config", str(file)]
-    if (path / "engine").is_dir():  # the samples that the run kept: no server is asked
-        argv += ["--rl.engine", f"stored:{path / 'engine'}"]
-    if model is not None:
-        argv += ["--model", model]
-    if reward:
-        argv += ["--reward", *reward]
+    argv = ["--config", str(file), *flags]
     if trust_config:
         argv.append("--trust-config")
     ours = {field.name for field in fields(RunConfig)}
@@ -266,13 +288,13 @@ def _config(path: Path, model: str | None, reward: Names, trust_config: bool) ->
     if others:
         names = ", ".join(others)
         logger.info(f"{file}: {names} is read by the script that made the run, not here")
-    sections = ("rl", *TASKS)
-    data = [f"{section}.{key}" for section in sections for key in ("data", "validation_data")]
+    stages = ("rl", *TASKS)
+    data = [f"{section}.{key}" for section in stages for key in ("data", "validation_data")]
     config = parse(
         RunConfig,
         argv,
-        prog="rlhf-jax verify",
-        sections=["lora", "rl.engine", "reward"],
+        prog="rlhf-jax",
+        sections=sections,
         replaced=[*STARTS, "data", *data],
         ignored=others,
     )
@@ -312,9 +334,14 @@ def _kind(stage: str) -> Any:
     return "prompts" if stage in METHODS else TASKS[stage].kind
 
 
+def section_of(stage: str) -> str:
+    """The section of the settings that names its data and its length."""
+    return "rl" if stage in METHODS else stage
+
+
 def _data_names(config: RunConfig, stage: str) -> dict[str, Names]:
     """{field of the stage's section: the names of its data}."""
-    section = getattr(config, "rl" if stage in METHODS else stage)
+    section = getattr(config, section_of(stage))
     names = {"data": section.data or config.data, "validation_data": section.validation_data}
     return {field: given for field, given in names.items() if given}
 
@@ -337,12 +364,12 @@ def _with_data(config: RunConfig, recorded: Facts, given: Names) -> RunConfig:
         changes[field] = tuple(
             place or next(others, name) for place, name in zip(places, names, strict=True)
         )
-    section = "rl" if stage in METHODS else stage
+    section = section_of(stage)
     sections = {section: replace(getattr(config, section), **changes)}
     return replace(config, **sections)
 
 
-def _inputs(config: RunConfig, stage: str) -> dict[str, str]:
+def checksums(config: RunConfig, stage: str) -> dict[str, str]:
     """The checksums of the files that the run would read on this machine."""
     others = {}
     if stage in METHODS:
@@ -351,6 +378,16 @@ def _inputs(config: RunConfig, stage: str) -> dict[str, str]:
     for names in _data_names(config, stage).values():
         digests |= formats.fingerprints(_kind(stage), names, seed=config.seed)
     return digests
+
+
+def start_differences(
+    path: Path, steps: Sequence[int], recorded: Mapping[str, str], here: Mapping[str, str]
+) -> list[Difference]:
+    """What is not as the run left or read it: its settings, the checkpoints of these steps, and the
+    files of the manifest's checksums, of which there are other ones ``here``.
+    """
+    damage = [found for step in steps for found in _arrays(path, step)[1]]
+    return [*_setting_differences(path), *_input_differences(recorded, here), *damage]
 
 
 def _input_differences(recorded: Mapping[str, str], here: Mapping[str, str]) -> list[Difference]:
@@ -416,31 +453,42 @@ def _repeat(path: Path, ours: Path, config: RunConfig, span: Span, recorded: Fac
     resume = span.start is not None or (path / "judge").is_dir()
     config = replace(config, output_dir=str(ours), resume=resume)
     if resume:
-        ours.mkdir()
-        names = ["judge"]
-        if span.start is not None:
-            saved = folder.steps(path / "checkpoints")
-            names += [f"checkpoints/{step}" for step in saved if step <= span.start]
-            names += [*ROWS, "alerts.jsonl"]
-        for name in names:
-            if (path / name).is_dir():
-                shutil.copytree(path / name, ours / name)
-            elif (path / name).is_file():
-                shutil.copyfile(path / name, ours / name)
         # --resume compares the other facts with this machine.
         facts = {key: recorded[key] for key in recorded if key not in (*MACHINE, "resumed")}
-        (ours / "config.yaml").write_text(to_yaml(config), "utf-8")
-        (ours / "manifest.json").write_text(json.dumps(facts), "utf-8")
+        copy_start(path, ours, config, span.start, facts)
 
     def is_over(step: int, *of_step: Any) -> object:
         return PAUSE if step >= span.stop else None
 
-    stage = recorded["stage"]
     with _stopped_alike(path):
-        if stage in TASKS:
-            supervised.run(config, TASKS[stage], is_over)
-        else:
-            rl.run(config, METHODS[stage], on_step=is_over)
+        train(config, recorded["stage"], is_over)
+
+
+def copy_start(path: Path, ours: Path, config: RunConfig, step: int | None, facts: Facts) -> None:
+    """Makes the folder ``ours`` with what the run goes on from after a step, or from its seed: its
+    checkpoints and rows, the replies of judges and teachers, and the given settings and manifest.
+    """
+    names = ["judge"]
+    if step is not None:
+        saved = folder.steps(path / "checkpoints")
+        names += [f"checkpoints/{number}" for number in saved if number <= step]
+        names += keeping.ROWS
+    ours.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        if (path / name).is_dir():
+            shutil.copytree(path / name, ours / name)
+        elif (path / name).is_file():
+            shutil.copyfile(path / name, ours / name)
+    (ours / "config.yaml").write_text(to_yaml(config), "utf-8")
+    (ours / "manifest.json").write_text(json.dumps(facts), "utf-8")
+
+
+def train(config: RunConfig, stage: str, on_step: Callable[..., object] | None = None) -> None:
+    """Runs a stage by its name."""
+    if stage in TASKS:
+        supervised.run(config, TASKS[stage], on_step)
+    else:
+        rl.run(config, METHODS[stage], on_step=on_step)
 
 
 @contextlib.contextmanager
@@ -466,7 +514,7 @@ def _stopped_alike(path: Path) -> Iterator[None]:
 # --- The comparison
 
 
-def _compare(theirs: Path, ours: Path, span: Span) -> tuple[list[Difference], str]:
+def compare(theirs: Path, ours: Path, span: Span) -> tuple[list[Difference], str]:
     """The differences, the earliest first, and a sentence about what was compared."""
     names = list(ROWS)
     differences = []

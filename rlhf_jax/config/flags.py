@@ -90,7 +90,7 @@ def parse(
     typed = {_key(word, keys): word for word in flags if word.startswith("--")}
     given, problems = _read_files(kind, own, files.config, keys, reads, ignored)
     problems += _unknown_flags(typed, keys, reads)
-    switches = _switches(kind).union(*(_switches(own[name], f"{name}.") for name in own))
+    switches = switches_of(kind).union(*(switches_of(own[name], f"{name}.") for name in own))
     problems += _valued_switches(flags, keys, switches)
     if problems:
         raise UserError("\n".join(problems))
@@ -157,10 +157,10 @@ def _key(word: str, keys: Words) -> str:
     return turned_off if turned_off in keys else key
 
 
-def _switches(kind: type, prefix: str = "") -> set[str]:
+def switches_of(kind: type, prefix: str = "") -> set[str]:
     """The keys that the flag's name alone turns on or off."""
     keys = {prefix + name for name, inner in types_of(kind).items() if inner is bool}
-    inside = [_switches(inner, f"{prefix}{name}.") for name, inner in subsections(kind).items()]
+    inside = [switches_of(inner, f"{prefix}{name}.") for name, inner in subsections(kind).items()]
     return keys.union(*inside)
 
 

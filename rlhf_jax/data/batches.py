@@ -405,8 +405,10 @@ def width_of(
     bucket_multiple: int,
     least: int = 0,
 ) -> int:
-    """The number of columns for the longest text of the given rows, and at least for ``least``."""
-    longest = int(data.longest[_present(rows)].max(initial=least))
+    """The number of columns for the longest text of the given rows, and at least for ``least``; a
+    batch without a row has columns too.
+    """
+    longest = int(data.longest[_present(rows)].max(initial=max(least, 1)))
     return min(_round_up(longest, bucket_multiple), data.most)
 
 

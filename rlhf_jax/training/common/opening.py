@@ -268,7 +268,7 @@ def _describe(
         given=python,
         may_change=MAY_CHANGE,
         allowed=config.allow_changed,
-        fixed=_fixed(config),
+        fixed=fixed(config),
     )
     facts = {"seed": config.seed, "data": data, "stage": run.name}
     if config.compute.blocks:
@@ -288,12 +288,12 @@ def _settings_text(config: RunConfig) -> str:
     return dumped({**to_dict(config), **started})
 
 
-def _fixed(config: RunConfig) -> list[str]:
+def fixed(config: RunConfig) -> list[str]:
     """The settings that --allow-changed cannot change in this run."""
-    fixed = [*FIXED]
+    keys = [*FIXED]
     if config.model is None and config.tokenizer.name is None:
-        fixed.append("data")  # the run's tokenizer was trained on it
+        keys.append("data")  # the run's tokenizer was trained on it
     for name, section in {**vars(config), **config.own}.items():
         if name in config.own or isinstance(section, AlgorithmConfig):
-            fixed += [f"{name}.value", f"{name}.value_from"]
-    return fixed
+            keys += [f"{name}.value", f"{name}.value_from"]
+    return keys

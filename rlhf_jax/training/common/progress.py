@@ -299,7 +299,7 @@ class Progress(AbstractContextManager["Progress"]):
             self.checkpoints.wait()
             raise Stopped(
                 f"{signal.Signals(received).name}: stopped {self.place}, saved. Go on with:\n"
-                f"    {resume_command()}",
+                f"    {self._resume_command()}",
                 received,
             )
 
@@ -325,6 +325,9 @@ class Progress(AbstractContextManager["Progress"]):
         """The last step, in words."""
         return f"after step {self.done} of {self.num_steps}"
 
+    def _resume_command(self) -> str:
+        return resume_command(self.run.name, self.run.folder.path)
+
     def _save_before(self, error: Exception) -> str:
         """Saves the state before the step that failed, by a reward for example. Returns advice how
         to continue; "" where the error has its own. A failed validation saves nothing.
@@ -343,7 +346,7 @@ class Progress(AbstractContextManager["Progress"]):
         when = "the service is there again" if isinstance(error, ServiceError) else "that is mended"
         return (
             f"Step {self.checkpoints.latest()} of {self.num_steps} is saved. When {when}, go "
-            f"on with:\n    {resume_command()}"
+            f"on with:\n    {self._resume_command()}"
         )
 
     def _judge_history(self) -> None:
@@ -408,7 +411,7 @@ class Progress(AbstractContextManager["Progress"]):
             raise AlertStop(
                 f"stopped by an alert {self.place}, saved: {' and '.join(stopping)} is true. Look "
                 "at alerts.jsonl in the run's folder; go on without the rule, or with another one, "
-                f"by\n    {resume_command()} --allow-changed alerts --alerts RULE..."
+                f"by\n    {self._resume_command()} --allow-changed alerts --alerts RULE..."
             )
 
     def _validated(self) -> Row:

@@ -7,6 +7,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from threading import current_thread, main_thread
 from types import FrameType
 
@@ -46,7 +47,13 @@ def stop_requests() -> Iterator[list[signal.Signals]]:
             signal.signal(number, before[number])
 
 
-def resume_command() -> str:
-    """The command line of this process, with ``--resume``."""
-    words = [word for word in manifest.command_line() if word not in ("--overwrite", "--resume")]
-    return shlex.join([*words, "--resume"])
+def resume_command(stage: str, folder: Path) -> str:
+    """The command line of this process, with ``--resume``. A fork goes on as a run of its stage;
+    what its config names was typed or trusted when it began.
+    """
+    words = manifest.command_line()
+    if words[:2] == ["rlhf-jax", "fork"]:
+        words = ["rlhf-jax", stage.replace("_", "-"), "--config", str(folder / "config.yaml")]
+        words += ["--output-dir", str(folder), "--trust-config"]
+    kept = [word for word in words if word not in ("--overwrite", "--resume")]
+    return shlex.join([*kept, "--resume"])

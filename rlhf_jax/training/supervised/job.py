@@ -1,7 +1,7 @@
 """What a supervised run works with: a task, its job, and what the task trains."""
 
 import heapq
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -59,6 +59,7 @@ class Job:
     bucket_multiple: int  # of which the width of a padded batch is
     num_steps: int
     optimizer: optax.GradientTransformation
+    left_out: Sequence[int] = ()  # rows of ``train_rows`` that are missing in their batches
 
     @property
     def moving(self) -> Reference | None:
@@ -84,7 +85,8 @@ class Job:
     def step_rows(self, step: int) -> np.ndarray:
         """[batch_size] row numbers of a training step, the first of which is 1; -1: missing."""
         places = self.plan.rows(step - 1)
-        return np.where(places == ABSENT, places, self.train_rows[places])
+        rows = np.where(places == ABSENT, places, self.train_rows[places])
+        return np.where(np.isin(rows, self.left_out), ABSENT, rows)
 
     def batch(self, rows: np.ndarray) -> Any:
         """The rows of these numbers (-1: missing) in arrays of NumPy."""

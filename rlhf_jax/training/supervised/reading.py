@@ -1,5 +1,6 @@
 """The rows that a stage trains and validates on: read from files, split, as token ids."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -102,6 +103,33 @@ def encoded_rows(
     used = f"{len(train_rows)} train, {len(held_out)} held out"
     _account(every_row, num_bad, kind, encoded, used)
     return encoded, train_rows, held_out
+
+
+def left_out(
+    section: str, names: Sequence[str], encoded: EncodedTexts, held_out: np.ndarray
+) -> list[int]:
+    """The numbers of the rows that ``without_rows`` names, N or FILE:N.
+
+    Raises:
+        UserError: a name is of no row that is trained on, or of rows of several files.
+    """
+    numbers: list[int] = []
+    for name in names:
+        file, _, place = name.rpartition(":")
+        pattern = re.compile(rf"{re.escape(file) or '.*'}, \w+ {re.escape(place)}")
+        found = [row for row, source in enumerate(encoded.sources) if pattern.fullmatch(source)]
+        of = sorted({encoded.sources[row] for row in found})
+        why = ""
+        if not found:
+            why = "there is no such row, or it is not used: it is bad, too long or not drawn"
+        elif len(of) > 1:
+            why = f"give FILE:{place}, since it is {' or '.join(of)}"
+        elif np.isin(found, held_out).any():
+            why = "the row is held out for validation, so nothing is learned from it"
+        if why:
+            raise UserError(f"{section}.without_rows {name}: {why}")
+        numbers += found
+    return numbers
 
 
 def longest_text(text: Text, positions: int) -> int:

@@ -197,6 +197,7 @@ def open_job(run: OpenRun, task: Task, data: ReadResult, to_validate: ReadResult
         chosen.bucket_multiple,
         num_steps,
         make_optimizer(optimizer, num_steps),
+        reading.left_out(task.section, settings.without_rows, encoded, held_out),
     )
 
 

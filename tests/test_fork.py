@@ -1,0 +1,239 @@
+"""``rlhf-jax fork``: the trunk's bits are the run's, and what differs after it is the change."""
+
+import json
+import re
+import shlex
+import shutil
+import signal
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import yaml
+from builders import letters_stage, run_stage
+
+from rlhf_jax import cli
+from rlhf_jax.cli.fork import fork
+from rlhf_jax.errors import Stopped, UserError
+from rlhf_jax.runs.checkpoint import Checkpoints
+from rlhf_jax.training.supervised import reading
+from rlhf_jax.training.supervised.job import Job
+
+
+@pytest.fixture(scope="module")
+def batches():
+    """{step: row numbers} of the batches that were formed last."""
+    formed = {}
+    step_rows = Job.step_rows
+
+    def recorded(job, step):
+        formed[step] = step_rows(job, step)
+        return formed[step]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Job, "step_rows", recorded)
+        yield formed
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, batches):
+    """A run of SFT of six steps, two epochs, with the checkpoints 4 and 6, and its batches."""
+    folder = run_stage(letters_stage(tmp_path_factory.mktemp("trunk"), "sft"), "sft")
+    return folder, {step: rows.tolist() for step, rows in batches.items()}
+
+
+@pytest.fixture
+def run(trained):
+    return trained[0]
+
+
+def contents(folder):
+    return {
+        path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes())
+        for path in folder.rglob("*")
+    }
+
+
+def arrays(folder, step):
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        return {name: array.tobytes() for name, array in checkpoints.arrays(step).items()}
+
+
+def changes(folder):
+    """The keys of the settings that the fork changed."""
+    sentences = json.loads((folder / "manifest.json").read_text())["fork"]["changes"]
+    return [sentence.split()[0] for sentence in sentences]
+
+
+def first_difference(said):
+    """[step, file, what ...] of the printed table."""
+    [header, first] = said[said.index("step  ") :].splitlines()[:2]
+    assert header.split() == ["step", "file", "first", "difference", "run", "fork"]
+    return first.split()
+
+
+def rows(folder):
+    return (folder / "metrics.jsonl").read_text().splitlines()
+
+
+def test_without_a_change_a_fork_has_the_bits_of_the_run_to_its_end(run, tmp_path, capsys):
+    before = contents(run)
+    ours = tmp_path / "new" / "fork"
+    assert not cli.run(["fork", str(run), "--at", "4", "--output-dir", str(ours), "--trust-config"])
+    assert "nothing differs" in capsys.readouterr().out
+    for name in ("metrics.jsonl", "samples.jsonl", "model/model.safetensors", "config.yaml"):
+        theirs = (run / name).read_bytes()
+        assert (ours / name).read_bytes().replace(bytes(ours), bytes(run)) == theirs
+    assert arrays(ours, 6) == arrays(run, 6)
+    manifest = json.loads((ours / "manifest.json").read_text())
+    assert manifest["fork"] == {"run": str(run), "step": 4, "changes": []}
+    assert contents(run) == before
+
+
+def test_a_changed_setting_has_its_effect_after_the_trunk(run, tmp_path, capsys):
+    ours = tmp_path / "fork"
+    rate = ["--set", "sft.optimizer.learning_rate=0.5"]
+    more = [
+        "--set",
+        "keep-best=min:validation/loss",
+        "--set",
+        "alerts=[sft/loss > 99, grad_norm > 99]",
+    ]
+    source = ["fork", str(run), "--at", "4", "--output-dir", str(ours), "--trust-config"]
+    assert not cli.run([*source, *rate, *more, "--set", "checkpoint_async=true"])
+    said = capsys.readouterr().out
+    assert "changed: sft.optimizer.learning_rate was " in said
+    assert first_difference(said)[:2] == ["5", "metrics.jsonl"]
+    assert rows(ours)[:5] == rows(run)[:5]
+    assert arrays(ours, 4) == arrays(run, 4)
+    assert arrays(ours, 6) != arrays(run, 6)
+    assert sorted(changes(ours)) == [
+        "alerts",
+        "checkpoint_async",
+        "keep_best",
+        rate[1].split("=")[0],
+    ]
+    settings = yaml.safe_load((ours / "config.yaml").read_text())
+    assert settings["checkpoint_async"] is True
+    assert settings["alerts"] == ["sft/loss > 99", "grad_norm > 99"]
+
+
+def test_a_row_is_missing_in_its_batches_and_all_else_is_as_with_it(
+    trained, tmp_path, batches, capsys
+):
+    """One row of the last batch, and in a fork of that fork the other three: nothing is left."""
+    theirs, whole = trained
+    last = whole[6]
+    left_out = []
+    for missing in (last[:1], last[1:]):
+        left_out += missing
+        ours = tmp_path / f"without_{len(left_out)}"
+        names = [str(row + 1) for row in missing]
+        fork(theirs, 4, ours, without_row=names, trust_config=True)
+        assert changes(ours) == ["sft.without_rows"]
+        assert first_difference(capsys.readouterr().out)[:2] == ["6", "metrics.jsonl"]
+        for step in (5, 6):
+            expected = [-1 if row in left_out else row for row in whole[step]]
+            assert batches[step].tolist() == expected
+        assert arrays(ours, 6) != arrays(theirs, 6)
+        theirs = ours
+    settings = yaml.safe_load((ours / "config.yaml").read_text())
+    assert settings["sft"]["without_rows"] == [str(row + 1) for row in last]
+    assert json.loads(rows(ours)[-1])["sft/loss"] == 0
+
+
+def test_names_of_rows_are_those_of_reports():
+    sources = ["a.json, row 1", "a.json, row 2", "b.jsonl, line 2", "b.jsonl, line 2", "c, row 12"]
+    encoded = SimpleNamespace(sources=sources)
+
+    def numbers(*names):
+        return reading.left_out("dpo", names, encoded, np.array([0]))
+
+    assert numbers("12", "b.jsonl:2", "a.json:2") == [4, 2, 3, 1]
+    assert numbers() == []
+    for name, message in {
+        "2": "give FILE:2, since it is a.json, row 2 or b.jsonl, line 2",
+        "1": "the row is held out",
+        "3": "there is no such row",
+        ".*": "there is no such row",
+        ".*son:2": "there is no such row",
+        "c:2": "there is no such row",
+    }.items():
+        with pytest.raises(UserError, match=re.escape(f"dpo.without_rows {name}: {message}")):
+            numbers(name)
+
+
+@pytest.mark.slow
+def test_a_fork_that_was_stopped_goes_on_by_the_command_that_it_prints(run, tmp_path, monkeypatch):
+    argv = ["fork", str(run), "--at", "4", "--set", "sft.optimizer.learning_rate=0.5"]
+    argv += ["--trust-config", "--output-dir"]
+    cli.run([*argv, str(tmp_path / "whole")])
+    step_rows = Job.step_rows
+
+    def stopping(job, step):
+        if step == 5 and "sft" not in sys.argv:
+            signal.raise_signal(signal.SIGTERM)
+        return step_rows(job, step)
+
+    ours = tmp_path / "stopped"
+    monkeypatch.setattr(Job, "step_rows", stopping)
+    monkeypatch.setattr(sys, "argv", ["rlhf-jax", *argv, str(ours)])
+    with pytest.raises(Stopped, match="after step 5 of 6") as stopped:
+        cli.run(sys.argv[1:])
+    command = str(stopped.value).splitlines()[-1].strip()
+    monkeypatch.setattr(sys, "argv", shlex.split(command))
+    cli.run(sys.argv[1:])
+    assert rows(ours) == rows(tmp_path / "whole") != rows(run)
+    assert arrays(ours, 6) == arrays(tmp_path / "whole", 6)
+    assert json.loads((ours / "manifest.json").read_text())["fork"]["step"] == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"at": 5}, "--at 5: .* of these steps: 4, 6$"),
+        ({"settings": ["sft.batch_size"]}, "--set sft.batch_size: give KEY=VALUE"),
+        ({"settings": ["output_dir=x"]}, "--set output_dir=x: a fork has its own"),
+        ({"settings": ["mesh.data=2"]}, "a fork has its own"),
+        ({"settings": ["sft.bach_size=2"]}, "unknown flag --sft.bach-size"),
+        ({"settings": ["checkpoint_async=yes"]}, "takes no value, got yes"),
+        ({"settings": ["alerts=[a"]}, "--set alerts: cannot be read as YAML"),
+        ({"settings": ["rl.kl_coef=1"]}, "--rl.kl-coef is a setting that this command does not"),
+        ({"settings": ["network.hidden_size=16"]}, "hidden_size was 8 and is now 16: .* not fit"),
+        ({"reward": ["count:a"]}, "--reward is a setting that this command does not read"),
+        ({"without_row": ["17"]}, "without_rows 17: there is no such row"),
+        ({"trust_config": False}, "--trust-config"),
+    ],
+)
+def test_what_cannot_be_forked_is_a_sentence_and_leaves_no_folder(run, options, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        fork(run, output_dir=tmp_path / "fork", **{"at": 4, "trust_config": True} | options)
+    assert not (tmp_path / "fork").exists()
+
+
+def test_folders_are_refused_before_anything_is_read(run, tmp_path):
+    with pytest.raises(UserError, match="is in the run's folder"):
+        fork(run, 4, run / "fork")
+    (tmp_path / "x").touch()
+    with pytest.raises(UserError, match="holds files already"):
+        fork(run, 4, tmp_path)
+    damaged = shutil.copytree(run, tmp_path / "damaged")
+    [file] = (damaged / "checkpoints" / "4" / "state" / "d").iterdir()
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"checkpoints/4 is not as it was in the run: .*damaged"):
+        fork(damaged, 4, tmp_path / "fork", trust_config=True)
+
+
+@pytest.mark.slow
+def test_another_reward_is_learned_from_after_the_trunk(tmp_path, capsys):
+    folder = run_stage(letters_stage(tmp_path, "vpg"), "vpg")
+    fork(folder, 2, tmp_path / "same", trust_config=True)
+    assert "nothing differs" in capsys.readouterr().out
+    fork(folder, 2, tmp_path / "other", reward=["length:1"], trust_config=True)
+    assert changes(tmp_path / "other") == ["reward"]
+    assert first_difference(capsys.readouterr().out)[:2] == ["3", "metrics.jsonl"]
+    with pytest.raises(UserError, match="--without-row: vpg learns from its own samples"):
+        fork(folder, 2, tmp_path / "third", without_row=["1"], trust_config=True)
