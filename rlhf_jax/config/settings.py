@@ -289,10 +289,10 @@ class Supervised(Section):
     data: Texts = ()
     """Files of the stage's rows; empty: the run's --data."""
     max_rows: Count | None = None
-    """Use at most so many rows of the data, drawn by the seed; a ranking is one row. null: all."""
+    """Use at most so many rows, drawn by the seed; null: all. A ranking is one row."""
     without_rows: Texts = ()
-    """Rows that are missing in their batches, N or FILE:N. The others stay where they are; N is the
-    number of the row in its file."""
+    """Rows left out of their batches, N or FILE:N. The others stay where they are; N is the number
+    of the row in its file."""
     num_epochs: Count = 1
     """Passes over the data."""
     max_steps: Count | None = None
