@@ -197,12 +197,13 @@ class Proxy(NamedTuple):
 
 
 def train_proxy(
-    world: World, first: Array, num: Array, wrong: Array, key: Array, sizes: Sizes
+    world: World, first: Array, num: Array, wrong: Array, keys: Array, sizes: Sizes
 ) -> Proxy:
     """A reward model from ``num`` comparisons, from ``first`` on. Three quarters train; the
-    parameters with the lowest loss on the others are kept.
+    parameters with the lowest loss on the others are kept. One key is of the first weights, one
+    of the order of the comparisons.
     """
-    init_key, loop_key = jax.random.split(key)
+    init_key, loop_key = keys
     schedule = optax.cosine_decay_schedule(sizes.proxy_rate, sizes.proxy_steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
     config = reward_model.Config()
@@ -263,9 +264,9 @@ class Curve(NamedTuple):
 
 
 def train_policy(
-    world: World, proxies: Proxy, judge: Params, how: Array, key: Array, sizes: Sizes
+    world: World, proxies: Proxy, judge: Params | None, how: Array, key: Array, sizes: Sizes
 ) -> Curve:
-    """RLOO on proxies [MEMBERS] or one of them or gold, ``how`` as a number in HOW."""
+    """RLOO on all proxies [members] or the first or gold, ``how`` as a number in HOW."""
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(sizes.policy_rate, eps=1e-5))
     config = rloo.Config(group_size=8, num_minibatches=2)
 
@@ -293,7 +294,7 @@ def train_policy(
         gold = gold_scores(world, batch.tokens)
         batch = batch.replace(scores=score(batch, gold))
         kl = ops.response_sums(ops.kl(batch.log_probs, batch.ref_log_probs), batch)
-        judged = PROXY_FN(judge, batch.tokens, batch.attention_mask)
+        judged = PROXY_FN(judge, batch.tokens, batch.attention_mask) if judge else None
         measured = Curve(gold, batch.scores, kl, judged)
         state, _ = rloo.update(
             state,
@@ -432,7 +433,8 @@ def measure(sizes: Sizes) -> Measured:
     seeds, nums, wrong, members, first = map(np.array, zip(*lanes, strict=True))
     proxy_keys = jax.vmap(jax.random.key)(1000 + 10 * seeds + members)
     train = jax.jit(jax.vmap(functools.partial(train_proxy, sizes=sizes)))
-    proxies = train(take(worlds, seeds), first, nums, wrong, proxy_keys)
+    keys = jax.vmap(jax.random.split)(proxy_keys)
+    proxies = train(take(worlds, seeds), first, nums, wrong, keys)
 
     runs = runs_of(sizes.seeds)
     members_of = []

@@ -145,8 +145,8 @@ def test_a_reward_model_learns_from_its_own_comparisons_alone(monkeypatch):
     train = jax.jit(functools.partial(overoptimisation.train_proxy, sizes=sizes))
 
     def scores(best):
-        key = jax.random.key(0)
-        return np.asarray(train(world._replace(best=best), 8, 8, 0.0, key).scores)
+        keys = jax.random.split(jax.random.key(0))
+        return np.asarray(train(world._replace(best=best), 8, 8, 0.0, keys).scores)
 
     expected = scores(world.best)
     others = jnp.array([1] * 8 + [0] * 8 + [1] * 8)
