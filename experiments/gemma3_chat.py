@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import gemma3
 import jax
@@ -49,19 +49,19 @@ INSTRUCTIONS = {  # a question about a word: the answer
     "Write the first letter of the word {word}.": lambda word: word[0],
     "Put the word {word} in quotation marks.": lambda word: f'"{word}"',
 }
-PLAIN = "base, as plain text"
 
 
 class Sizes(NamedTuple):
     """How large the experiment is."""
 
-    largest: int = 50  # number of a sum
+    largest: int = 30  # number of a sum
     held_out: int = 128  # sums
     held_out_words: int = 32
-    taught: int = 96  # sums that SFT learns
-    pairs: int = 512
+    words: int = 96  # that the instructions of SFT are about
+    taught: int = 64  # sums that SFT learns
+    pairs: int = 256
     batch: int = 16  # rows or pairs of a step
-    iterations: int = 12  # of GRPO
+    iterations: int = 20  # of GRPO
     answers: int = 64  # of an iteration
 
     @property
@@ -76,6 +76,11 @@ FULL = Sizes()
 Answers = dict[str, list[str]]  # {prompt: [answer, "ended" or "cut"]}
 
 
+def shuffled(items: list[Any]) -> list[Any]:
+    """The items in one drawn order."""
+    return random.Random(0).sample(items, len(items))
+
+
 def instructions(words: list[str]) -> list[sums.Problem]:
     """All instructions on all words."""
     return [
@@ -87,10 +92,9 @@ def instructions(words: list[str]) -> list[sums.Problem]:
 
 def held_out(sizes: Sizes) -> dict[str, list[sums.Problem]]:
     """{kind: what all policies are asked}"""
-    words = random.Random(0).sample(WORDS, sizes.held_out_words)
     return {
         "sums": sums.problems(range(1, sizes.largest + 1))[: sizes.held_out],
-        "instructions": instructions(words),
+        "instructions": instructions(shuffled(WORDS)[: sizes.held_out_words]),
     }
 
 
@@ -100,12 +104,10 @@ def write_data(folder: Path, sizes: Sizes) -> int:
     SFT, DPO and GRPO have sums of their own.
     """
     kept = held_out(sizes)
-    known = {row["prompt"] for rows in kept.values() for row in rows}
-    others = [row for row in instructions(WORDS) if row["prompt"] not in known]
+    words = shuffled(WORDS)[sizes.held_out_words :][: sizes.words]
     every = sums.problems(range(1, sizes.largest + 1))[sizes.held_out :]
     after = sizes.taught + sizes.pairs
-    taught = [*others, *every[: sizes.taught]]
-    random.Random(0).shuffle(taught)
+    taught = shuffled([*instructions(words), *every[: sizes.taught]])
 
     def rows_of(problems: list[sums.Problem]) -> list[sums.Problem]:
         return [{"prompt": row["prompt"], "response": row["answer"]} for row in problems]
@@ -139,13 +141,12 @@ def stages(folder: Path, runs: Path, sizes: Sizes, rows: int, seed: int) -> list
     ]
 
 
-def answers_of(model: Path, asked: dict[str, list[sums.Problem]], file: Path) -> Answers:
+def answers_of(model: Path, prompts: list[str], file: Path, **how: Any) -> Answers:
     """The likeliest answers of a policy, which are kept in the file."""
     if not file.exists():
         generator = Generator(
-            model, max_new_tokens=learning.NEW_TOKENS, temperature=0.0, scan_layers=True
+            model, max_new_tokens=learning.NEW_TOKENS, temperature=0.0, scan_layers=True, **how
         )
-        prompts = [row["prompt"] for rows in asked.values() for row in rows]
         said = generator(prompts)
         ends = ["ended" if one else "cut" for one in said.finished]
         found = dict(zip(prompts, zip(said.texts, ends, strict=True), strict=True))
@@ -155,26 +156,36 @@ def answers_of(model: Path, asked: dict[str, list[sums.Problem]], file: Path) ->
     return answers
 
 
-def numbers(answers: Answers, asked: dict[str, list[sums.Problem]]) -> dict[str, float]:
+def numbers(kind: str, answers: Answers, rows: list[sums.Problem]) -> dict[str, float]:
     """The shares of right answers and of those that end by themselves, with 95% intervals."""
-    found = {}
-    for kind, rows in asked.items():
-        right = [answers[row["prompt"]][0].strip() == row["answer"] for row in rows]
-        ended = [answers[row["prompt"]][1] == "ended" for row in rows]
-        for metric, those in ((f"{kind} right", right), (f"{kind} ended", ended)):
-            for edge, value in results.share(sum(those), len(those)).items():
-                found[f"{metric}{edge}"] = value
-    return found
+    said = [answers[row["prompt"]] for row in rows]
+    right = [text.strip() == row["answer"] for (text, _), row in zip(said, rows, strict=True)]
+    ended = [end == "ended" for _, end in said]
+    return {
+        f"{kind} {what}{edge}": value
+        for what, those in (("right", right), ("ended", ended))
+        for edge, value in results.share(sum(those), len(those)).items()
+    }
 
 
-def as_plain_text(model: Path, rows: list[sums.Problem]) -> dict[str, float]:
-    """The share of sums that a base model goes on with rightly: "3 + 9 =", " 12"."""
-    texts = ["{} + {} =".format(*sums.numbers_of(row)) for row in rows]
-    how = {"max_new_tokens": learning.NEW_TOKENS, "temperature": 0.0, "stop": ["\n"]}
-    said = Generator(model, template="{prompt}", scan_layers=True, **how)(texts).texts
-    jax.clear_caches()
-    right = sum(text.strip() == row["answer"] for text, row in zip(said, rows, strict=True))
-    return {f"sums right{edge}": value for edge, value in results.share(right, len(rows)).items()}
+def asked_as_chat(model: Path, sizes: Sizes, file: Path) -> dict[str, float]:
+    """What a policy answers to held-out sums and instructions."""
+    kept = held_out(sizes)
+    prompts = [row["prompt"] for rows in kept.values() for row in rows]
+    answers = answers_of(model, prompts, file)
+    of_kinds = [numbers(kind, answers, rows) for kind, rows in kept.items()]
+    return {metric: value for one in of_kinds for metric, value in one.items()}
+
+
+def asked_as_plain_text(model: Path, sizes: Sizes, file: Path) -> dict[str, float]:
+    """How a base model goes on with "3 + 9 =" to the end of the line."""
+    rows = [
+        row | {"prompt": "{} + {} =".format(*sums.numbers_of(row))}
+        for row in held_out(sizes)["sums"]
+    ]
+    prompts = [row["prompt"] for row in rows]
+    answers = answers_of(model, prompts, file, template="{prompt}", stop=["\n"])
+    return numbers("sums", answers, rows)
 
 
 def main(
@@ -197,7 +208,6 @@ def main(
     model = folder / learning.BASE
     gemma3.write_chat_model(model)
     rows_of_sft = write_data(folder, sizes)
-    asked = held_out(sizes)
     rows = []
 
     def add(variant: str, step: int, values: dict[str, float]) -> None:
@@ -207,14 +217,14 @@ def main(
         command = f"python experiments/gemma3_chat.py runs/gemma3 {words}"
         results.write(out, command, time.monotonic() - started, rows)
 
-    add(PLAIN, 0, as_plain_text(model, asked["sums"]))
-    add("base", 0, numbers(answers_of(model, asked, runs / "base.json"), asked))
+    add("base, as plain text", 0, asked_as_plain_text(model, sizes, runs / "plain.json"))
+    add("base", 0, asked_as_chat(model, sizes, runs / "base.json"))
     for stage in stages(folder, runs, sizes, rows_of_sft, seed):
         metrics = learning.finished(stage.run, stage.flags)
         timing = sums.rows_of(stage.run / "timing.jsonl")
         seconds = [row["timing/step"] for row in timing if "timing/step" in row]
-        answers = answers_of(stage.run / "model", asked, runs / f"{stage.run.name}.json")
-        values = numbers(answers, asked) | {
+        answers = runs / f"{stage.run.name}.json"
+        values = asked_as_chat(stage.run / "model", sizes, answers) | {
             "held-out rows before": metrics[0][stage.metric],
             "held-out rows after": metrics[-1][stage.metric],
             "seconds a step": statistics.median(seconds),
