@@ -317,7 +317,7 @@ def answers(folder: Path, new_tokens: int) -> dict[str, list[str]]:
 def main() -> None:
     """Runs the stages, then prints and writes what they took and reached."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("folder", type=Path, help="of all that is made")
+    parser.add_argument("folder", type=Path, help="MODEL/ in it has all that is made")
     parser.add_argument("--short", action="store_true", help="a few steps of each stage")
     parser.add_argument("--model", choices=MODELS, default="smollm2")
     stages = ["sft", "reward-model", "dpo", "grpo", "ppo"]
@@ -332,7 +332,7 @@ def main() -> None:
     if args.shapes and args.stages:
         parser.error("--shapes takes the place of the stages: leave --stages out")
     started = time.perf_counter()
-    folder = args.folder
+    folder = args.folder / args.model
     write_model, sizes = MODELS[args.model]
     sizes = SHORT if args.short else sizes
     own = {"pairs": args.pairs, "held_out": args.held_out, "longest": args.longest}

@@ -27,11 +27,12 @@ def test_a_real_chat_model_takes_the_whole_path(tmp_path):
     command = [sys.executable, str(SCRIPT), str(tmp_path), "--short", "--stages", *STAGES]
     done = subprocess.run(command, capture_output=True, text=True, timeout=3600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    results = json.loads((tmp_path / "results.json").read_text("utf-8"))
+    folder = tmp_path / "smollm2"
+    results = json.loads((folder / "results.json").read_text("utf-8"))
     assert results.keys() >= {*STAGES}
     assert all(results[stage]["steps"] == 2 for stage in STAGES)
     # A few steps at a low rate leave the model what it was: one that answers.
     for name in ("base", "ppo/model"):
-        answers = Generator(tmp_path / name, max_new_tokens=16, temperature=0.0)(QUESTIONS).texts
+        answers = Generator(folder / name, max_new_tokens=16, temperature=0.0)(QUESTIONS).texts
         assert "Paris" in answers[0]
         assert all(len(answer.split()) > 2 for answer in answers)
