@@ -59,9 +59,9 @@ class Sizes(NamedTuple):
     held_out_words: int = 32
     words: int = 96  # that the instructions of SFT are about
     taught: int = 64  # sums that SFT learns
-    pairs: int = 256
+    pairs: int = 192
     batch: int = 16  # rows or pairs of a step
-    iterations: int = 20  # of GRPO
+    iterations: int = 16  # of GRPO
     answers: int = 64  # of an iteration
 
     @property
@@ -132,7 +132,7 @@ def stages(folder: Path, runs: Path, sizes: Sizes, rows: int, seed: int) -> list
     more = "--grpo.group-size 8 --grpo.aggregate token --grpo.kl-loss-coef 0"
     return [
         of_seed.supervised(
-            "sft", learning.BASE, "rows", metric="loss", rate=3e-4, rows=rows, epochs=1
+            "sft", learning.BASE, "rows", metric="loss", rate=3e-4, rows=rows, epochs=2
         ),
         of_seed.supervised(
             "dpo", "sft", "few_pairs", metric="accuracy", rate=1e-4, rows=sizes.pairs, epochs=1
