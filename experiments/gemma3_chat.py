@@ -199,7 +199,7 @@ def main(
     Args:
         folder: of everything: model/, the data, seed-1/ and so on.
         out: a file for the results as a table.
-        seed: of the runs. Rates and sizes were tried on seed 0.
+        seed: of the runs.
         sizes: of the experiment.
     """
     started = time.monotonic()
