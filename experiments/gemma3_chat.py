@@ -5,7 +5,7 @@
 
 The packages carry Gemma's terms of use: who installs them accepts these. The base model has no
 chat template; here it gets the frame of Gemma's chat models. SFT learns the frame from short
-instructions and a few sums that are made here, DPO goes on from pairs of a right and a wrong sum,
+instructions and sums that are made here, DPO goes on from pairs of a right and a wrong sum,
 GRPO from a function that checks the answer. Each stage trains adapters in a process of its own and
 starts from the stage before. All policies answer the same held-out sums and instructions, greedily.
 The script goes on where it was stopped.
@@ -58,10 +58,10 @@ class Sizes(NamedTuple):
     held_out: int = 128  # sums
     held_out_words: int = 32
     words: int = 96  # that the instructions of SFT are about
-    taught: int = 64  # sums that SFT learns
+    taught: int = 256  # sums that SFT learns
     pairs: int = 192
     batch: int = 16  # rows or pairs of a step
-    iterations: int = 16  # of GRPO
+    iterations: int = 24  # of GRPO
     answers: int = 64  # of an iteration
 
     @property
@@ -137,7 +137,7 @@ def stages(folder: Path, runs: Path, sizes: Sizes, rows: int, seed: int) -> list
         of_seed.supervised(
             "dpo", "sft", "few_pairs", metric="accuracy", rate=1e-4, rows=sizes.pairs, epochs=1
         ),
-        of_seed.policy("grpo", "dpo", checked, more, kl_coef=0.0, answers=sizes.answers),
+        of_seed.policy("grpo", "dpo", checked, more, kl_coef=0.0, answers=sizes.answers, rate=5e-5),
     ]
 
 

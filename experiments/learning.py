@@ -194,7 +194,15 @@ class Commands(NamedTuple):
         return self.stage(name, start, kind, settings, metric)
 
     def policy(
-        self, name: str, start: str, reward: str, more: str, *, kl_coef: float, answers: int
+        self,
+        name: str,
+        start: str,
+        reward: str,
+        more: str,
+        *,
+        kl_coef: float,
+        answers: int,
+        rate: float = 3e-4,
     ) -> Stage:
         """A stage that is paid by a reward for what it samples."""
         own = {
@@ -202,7 +210,7 @@ class Commands(NamedTuple):
             "batch-size": answers,
             "max-new-tokens": NEW_TOKENS,
             "kl-coef": kl_coef,
-            "optimizer.learning-rate": 3e-4,
+            "optimizer.learning-rate": rate,
             "optimizer.schedule": "constant",
             "validation-data": self.folder / "held_out_prompts.json",
             "validation-prompts": self.sizes.held_out,

@@ -156,8 +156,8 @@ def test_each_stage_starts_from_the_one_before(tmp_path):
     starts = [stage.flags[stage.flags.index("--model") + 1] for stage in found]
     models_of = [tmp_path / "model", runs / "sft" / "model", runs / "dpo" / "model"]
     assert starts == [str(path) for path in models_of]
-    for stage in found:
-        parse(RunConfig, stage.flags[1:])  # all exist
+    configs = [parse(RunConfig, stage.flags[1:]) for stage in found]  # all flags exist
+    assert configs[2].rl.optimizer.learning_rate == 5e-5
 
 
 def test_an_answer_is_right_alone_and_ends_by_itself():
