@@ -8,23 +8,27 @@ PyTorch.
 Each part is a process of its own with a time limit, so that a crash or full memory ends that part
 alone. They come in the order in which they matter: when the seconds are used up, the rest is
 skipped. The table has a row for each figure; a part that failed or was skipped has a row that says
-so. ``XLA_FLAGS=--xla_dump_to=FOLDER`` keeps the compiled programs.
+so and why. The same holds for a package that is missing: the parts that do not need it run.
+``XLA_FLAGS=--xla_dump_to=FOLDER`` keeps the compiled programs.
 """
 
 import argparse
 import contextlib
-import hashlib
+import itertools
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
 import time
+import tomllib
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -33,6 +37,7 @@ COMMAND = ("-m", "rlhf_jax")
 BENCH = str(Path(__file__).with_name("bench.py"))
 SECONDS = 450.0  # of all parts
 LEAST = 15.0  # seconds in which a part can still say something
+TURN = 16.0  # kept for each part that follows: these, and the end of the one before
 LONG = 600.0  # seconds of a rehearsed part: it is no measurement
 FIGURES = (
     "median_s",
@@ -85,8 +90,9 @@ HAND = "--against hand --no-check"
 LIBRARY = "--against transformers --no-check"
 PARTS = [
     Part("peaks", ("peaks",), 60.0),
-    Part("right", ("right",), 120.0),
-    Part("same bytes", ("again",), 120.0),
+    Part("right", ("right",), 90.0),
+    Part("same bytes", ("again",), 90.0),
+    Part("same bytes, microbatches 1 and 4", ("blocks",), 90.0),
     _bench("rollout", "qwen2.5-0.5b", "64 128 128", CHECKED_LIBRARY),
     _bench("sft", "qwen2.5-0.5b", "8 1 1023", CHECKED_HAND),
     _bench("grpo", "qwen2.5-0.5b", "32 512 512", f"{HAND} --microbatches 4"),
@@ -97,12 +103,13 @@ PARTS = [
     _bench("grpo", "gpt2", "64 512 512", f"{HAND} --microbatches 4"),
     _bench("rollout", "llama-1b", "256 128 384"),
     _bench("sft", "qwen2.5-0.5b", "2 1 8191", "--microbatches 2"),
-    Part("doctor", ("doctor",), 120.0),
+    Part("doctor", ("doctor",), 60.0),
 ]
 REHEARSED = [
     Part("peaks", ("peaks",), LONG),
     Part("right", ("right", "--rehearse"), LONG),
     Part("same bytes", ("again", "--rl.num-iterations", "2"), LONG),
+    Part("same bytes, microbatches 1 and 4", ("blocks", "--rl.num-iterations", "2"), LONG),
     _bench("rollout", "qwen2.5-0.5b-tiny", "4 8 8", LIBRARY, LONG),
     _bench("sft", "gpt2-tiny", "4 1 15", CHECKED_HAND, LONG),
     _bench("grpo", "llama-1b-tiny", "8 8 8", "--microbatches 2", LONG),
@@ -203,21 +210,42 @@ def _gaps(cpu: dict[str, Any], here: dict[str, Any]) -> Values:
 
 
 def again(flags: list[str]) -> Values:
-    """A run of PPO twice with --deterministic: whether weights and metrics are the same bytes."""
-    digests = []
+    """A run of PPO twice with --deterministic."""
+    return _compared(flags, flags)
+
+
+def blocks(flags: list[str]) -> Values:
+    """A run of PPO in four blocks, with all rows of a minibatch at once and with a quarter."""
+    in_blocks = [*flags, "--compute.blocks", "4"]
+    return _compared(in_blocks, [*in_blocks, "--ppo.num-microbatches", "4"])
+
+
+def _compared(*runs: list[str]) -> Values:
+    """Whether two runs have the same bytes of weights and metrics, and how many rows of metrics
+    are equal until the first that is not.
+    """
+    files: list[list[bytes]] = []
     seconds = []
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("one", "two"):
-            run = Path(folder, name)
+        for number, flags in enumerate(runs):
+            run = Path(folder, str(number))
             words = ["ppo", "--config", "tiny", "--deterministic", "--output-dir", str(run)]
             started = time.perf_counter()
             done = _python(*COMMAND, *words, *flags)
             seconds.append(time.perf_counter() - started)
             if done.returncode:
                 raise SystemExit(done.stdout[-3000:] + done.stderr[-3000:])
-            files = [run / "model" / "model.safetensors", run / "metrics.jsonl"]
-            digests.append([hashlib.sha256(file.read_bytes()).hexdigest() for file in files])
-    return {"same": float(digests[0] == digests[1]), "run_s": min(seconds)}
+            names = (Path("model", "model.safetensors"), Path("metrics.jsonl"))
+            files.append([(run / name).read_bytes() for name in names])
+    one, two = (metrics.splitlines() for _, metrics in files)
+    pairs = zip(one, two, strict=True)
+    equal_rows = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+    return {
+        "same": float(files[0] == files[1]),
+        "equal_rows": float(equal_rows),
+        "rows": float(len(one)),
+        "run_s": min(seconds),
+    }
 
 
 def doctor() -> Values:
@@ -248,28 +276,36 @@ def _python(*words: str) -> subprocess.CompletedProcess[str]:
 # --- The table
 
 
-def run_part(part: Part, limit: float) -> Rows:
-    """The rows of a part, which is ended after ``limit`` seconds."""
+def run_part(part: Part, limit: float, path: str) -> Rows:
+    """The rows of a part, which is ended after ``limit`` seconds. ``path``: of Python's modules."""
     command = [sys.executable, __file__, "--part", *part.arguments]
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    with _ended_together(command, path) as process:
-        try:
-            output, _ = process.communicate(timeout=limit)
-        except subprocess.TimeoutExpired:
-            sys.stderr.write(f"{part.name}: ended after {limit:.0f} s\n")
-            return rows_of(part, {"failed": 124})
+    with tempfile.TemporaryFile("w+") as errors:
+        with _ended_together(command, path, errors) as process:
+            try:
+                output, _ = process.communicate(timeout=limit)
+            except subprocess.TimeoutExpired:
+                return rows_of(part, {"failed": 124}, f"ended after {limit:.0f} s")
+        errors.seek(0)
+        said = errors.read()
+    sys.stderr.write(said)
     lines = [line for line in output.splitlines() if line.startswith("{")]
     if process.returncode or not lines:
-        return rows_of(part, {"failed": process.returncode or 1})
+        [*_, reason] = said.strip().splitlines() or ["it said nothing"]
+        return rows_of(part, {"failed": process.returncode or 1}, reason[:300])
     return rows_of(part, json.loads(lines[-1]))
 
 
 @contextlib.contextmanager
-def _ended_together(command: list[str], path: str) -> Any:
+def _ended_together(command: list[str], path: str, errors: IO[str]) -> Any:
     """A process whose own processes end with it."""
     environment = os.environ | {"PYTHONPATH": path}
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        text=True,
+        env=environment,
+        start_new_session=True,
     )
     try:
         yield process
@@ -279,7 +315,7 @@ def _ended_together(command: list[str], path: str) -> Any:
         process.wait()
 
 
-def rows_of(part: Part, values: Values) -> Rows:
+def rows_of(part: Part, values: Values, reason: str | None = None) -> Rows:
     """A row of the table for each figure; both numbers of a run without seeds and steps are 0."""
     variant = part.name
     if "--against" in part.arguments:
@@ -288,7 +324,43 @@ def rows_of(part: Part, values: Values) -> Rows:
     rows = []
     for metric, value in values.items():
         rows.append(key | {"metric": metric, "value": float(f"{value:.5g}")})
+        if reason is not None:
+            rows[-1]["reason"] = reason
     return rows
+
+
+def missing(packages: list[str]) -> list[str]:
+    """Those of the packages that are not installed."""
+    installed = {_normal(one.name) for one in metadata.distributions()}
+    return [name for name in packages if _normal(name) not in installed]
+
+
+def _normal(name: str) -> str:
+    return re.sub("[-_.]+", "-", name).lower()
+
+
+@contextlib.contextmanager
+def module_path(project: dict[str, Any], absent: list[str]) -> Iterator[str]:
+    """PYTHONPATH with this tree, and with its metadata if no package of it is installed: runs write
+    its version.
+    """
+    name, version = project["name"], project["version"]
+    with tempfile.TemporaryDirectory() as folder:
+        if name in absent:
+            made = Path(folder, f"{name.replace('-', '_')}-{version}.dist-info")
+            made.mkdir()
+            words = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+            (made / "METADATA").write_text(words, "utf-8")
+        yield os.pathsep.join([str(ROOT), folder, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def without_torch(part: Part) -> Part:
+    """The part without the program that it is compared with, which is PyTorch's."""
+    words = [word for word in part.arguments if word != "--no-check"]
+    if "--against" in words:
+        place = words.index("--against")
+        del words[place : place + 2]
+    return part._replace(arguments=tuple(words))
 
 
 def machine() -> str:
@@ -307,16 +379,24 @@ def machine() -> str:
 def table(parts: list[Part], seconds: float, command: str) -> dict[str, Any]:
     """Runs the parts while there are ``seconds`` left."""
     started = time.perf_counter()
-    rows = []
-    for part in parts:
-        left = seconds - (time.perf_counter() - started)
-        if left < LEAST:
-            found = rows_of(part, {"skipped": 1})
-        else:
-            found = run_part(part, min(left, part.limit))
-        for row in found:
-            print(f"{row['variant']}: {row['metric']} {row['value']:g}", flush=True)
-        rows += found
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    needed = [re.split("[^A-Za-z0-9_.-]", words)[0] for words in project["dependencies"]]
+    absent = missing([project["name"], *needed, "torch"])
+    here = Part("missing", (), 0.0)
+    rows = [row for name in absent for row in rows_of(here, {name: 1})]
+    if "torch" in absent:
+        parts = list(map(without_torch, parts))
+    with module_path(project, absent) as path:
+        for number, part in enumerate(parts, 1):
+            kept = TURN * (len(parts) - number)
+            left = seconds - (time.perf_counter() - started) - kept
+            if left < LEAST:
+                found = rows_of(part, {"skipped": 1}, "no seconds were left")
+            else:
+                found = run_part(part, min(left, part.limit), path)
+            for row in found:
+                print(f"{row['variant']}: {row['metric']} {row['value']:g}", flush=True)
+            rows += found
     git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     revision = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {
@@ -335,8 +415,8 @@ def answer(words: list[str]) -> Values:
         return bench(rest)
     if name == "right":
         return right(64, COMPARED[-1:]) if rest else right(640, COMPARED)
-    if name == "again":
-        return again(rest)
+    if name in ("again", "blocks"):
+        return {"again": again, "blocks": blocks}[name](rest)
     return {"peaks": peaks, "doctor": doctor}[name]()
 
 

@@ -3,6 +3,8 @@
 import functools
 import json
 import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,7 +34,7 @@ def test_what_is_timed_is_work_that_bench_has(part):
 
 def test_the_limits_leave_each_kind_its_turn():
     kinds = [part.arguments[0] for part in card.PARTS]
-    assert kinds[:3] == ["peaks", "right", "again"]
+    assert kinds[:4] == ["peaks", "right", "again", "blocks"]
     assert {part.arguments[1] for part in BENCHES} == {"rollout", "sft", "grpo"}
     assert {part.arguments[0] for part in card.REHEARSED} == set(kinds)
     assert card.SECONDS < 480
@@ -54,6 +56,36 @@ def test_figures_of_the_line_that_bench_prints(monkeypatch):
     assert ran[1][1:] == ["-m", "rlhf_jax", "doctor"]
 
 
+def test_runs_are_compared_byte_by_byte(monkeypatch):
+    """Those of ``again`` have the same flags, those of ``blocks`` other rows in flight."""
+    weights = {"0": b"w", "1": b"w"}
+    metrics = {"0": b"1\n2\n3\n", "1": b"1\n2\n3\n"}
+    ran = []
+
+    def run(*words):
+        ran.append(words)
+        folder = Path(words[words.index("--output-dir") + 1])
+        (folder / "model").mkdir(parents=True)
+        (folder / "model" / "model.safetensors").write_bytes(weights[folder.name])
+        (folder / "metrics.jsonl").write_bytes(metrics[folder.name])
+        return subprocess.CompletedProcess([], 0, "", "")
+
+    monkeypatch.setattr(card, "_python", run)
+    found = card.answer(["again", "--seed", "1"])
+    assert (found["same"], found["equal_rows"], found["rows"]) == (1, 3, 3)
+    assert [words[-2:] for words in ran] == [("--seed", "1")] * 2
+    assert all("--deterministic" in words for words in ran)
+    del ran[:]
+    metrics["1"] = b"1\n5\n3\n"
+    found = card.answer(["blocks"])
+    assert (found["same"], found["equal_rows"], found["rows"]) == (0, 1, 3)
+    blocks = ("--compute.blocks", "4")
+    assert ran[0][-2:] == blocks
+    assert ran[1][-4:] == (*blocks, "--ppo.num-microbatches", "4")
+    metrics["1"], weights["1"] = metrics["0"], b"v"
+    assert card.answer(["blocks"])["same"] == 0
+
+
 def test_gaps_by_hand():
     cpu = {"logits": np.array([1.0, -4.0]), "said": np.array([1, 2, 3, 4]), "loss": 2.0}
     cpu["weights"] = {"a": np.array([1.0]), "b": np.array([2.0, 3.0])}
@@ -71,11 +103,14 @@ def parts(tmp_path, monkeypatch):
         "import json, sys, time\n"
         "what = sys.argv[2]\n"
         "print('a library says')\n"
-        "if what == 'fail': sys.exit(3)\n"
+        "if what == 'fail':\n"
+        "    print('a trace', 'no memory', sep='\\n', file=sys.stderr)\n"
+        "    sys.exit(3)\n"
         "if what == 'stay': time.sleep(600)\n"
         "if what == 'good': print(json.dumps({'a': 1.234567, 'b': 2}))\n"
     )
     monkeypatch.setattr(card, "__file__", str(file))
+    monkeypatch.setattr(card, "missing", lambda packages: [])
     return {name: card.Part(name, (name,), 60.0) for name in ("good", "fail", "stay", "silent")}
 
 
@@ -93,13 +128,59 @@ def test_a_part_that_fails_says_so_and_the_others_go_on(parts, monkeypatch, caps
     ]
     assert list(found) == ["command", "revision", "machine", "seconds", "rows"]
     assert list(found["rows"][0]) == ["variant", "seed", "step", "metric", "value"]
-    assert "good: a 1.2346\n" in capsys.readouterr().out
+    reasons = [row.get("reason") for row in found["rows"]]
+    assert reasons == [None, None, "no memory", "ended after 0 s", "it said nothing"]
+    said = capsys.readouterr()
+    assert "good: a 1.2346\n" in said.out
+    assert "a trace\n" in said.err
 
 
 def test_without_seconds_a_part_is_skipped(parts, monkeypatch):
     monkeypatch.setattr(card, "machine", lambda: "a card")
     [row] = card.table([parts["good"]], card.LEAST - 1, "")["rows"]
     assert (row["metric"], row["value"]) == ("skipped", 1)
+
+
+def test_a_part_leaves_the_others_a_turn(parts, monkeypatch):
+    monkeypatch.setattr(card, "machine", lambda: "a card")
+    monkeypatch.setattr(card, "LEAST", 1.0)
+    monkeypatch.setattr(card, "TURN", 5.0)
+    found = card.table([parts["stay"], parts["good"]], 7.0, "")["rows"]
+    assert [row["metric"] for row in found] == ["failed", "a", "b"]
+
+
+def test_a_missing_package_has_a_row_and_pytorch_is_not_asked_for(parts, monkeypatch):
+    monkeypatch.setattr(card, "machine", lambda: "a card")
+    asked = []
+    monkeypatch.setattr(card, "missing", lambda packages: asked.extend(packages) or ["torch"])
+    ran = []
+    monkeypatch.setattr(card, "run_part", lambda part, *rest: ran.append(part.arguments) or [])
+    of_torch = PARTS["grpo gpt2 64x(512+512)"]
+    [row] = card.table([of_torch, parts["good"]], 1000.0, "")["rows"]
+    assert (row["variant"], row["metric"], row["value"]) == ("missing", "torch", 1)
+    left = "bench grpo --preset gpt2 --rows 64 --prompt 512 --response 512 --microbatches 4"
+    assert ran == [(*left.split(), "--dtype", "bfloat16"), ("good",)]
+    assert {"rlhf-jax", "jax", "orbax-checkpoint", "PyYAML", "torch"} <= {*asked}
+
+
+def test_what_is_missing_is_found_under_any_spelling():
+    assert card.missing(["NumPy", "orbax.checkpoint", "no-such-thing"]) == ["no-such-thing"]
+
+
+def test_a_tree_that_is_not_installed_has_a_version():
+    """``-S``: without the packages of this environment."""
+    words = "import rlhf_jax; print(rlhf_jax.__version__)"
+    project = {"name": "rlhf-jax", "version": "1.2.3"}
+    for absent, version in ((["rlhf-jax"], "1.2.3\n"), ([], "")):
+        with card.module_path(project, absent) as path:
+            done = subprocess.run(
+                [sys.executable, "-S", "-c", words],
+                env={"PYTHONPATH": path},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+        assert done.stdout == version
 
 
 def test_the_other_program_is_named():

@@ -14,7 +14,7 @@ from builders import script
 def test_the_parts_are_rehearsed(tmp_path, monkeypatch):
     card = script("benchmarks/card.py")
     out = tmp_path / "card.json"
-    flags = ["--rehearse", "--seconds", "4000", "--only", "peaks,right,again,bench"]
+    flags = ["--rehearse", "--seconds", "4000", "--only", "peaks,right,again,blocks,bench"]
     monkeypatch.setattr(sys, "argv", ["card.py", *flags, "--out", str(out)])
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     card.main()

@@ -52,11 +52,11 @@ def params_of(config, *heads):
     return params
 
 
-def weighted(config, group_size):
+def weighted(config, group_size, **said):
     """The output of a PolicyFn of the batch, and the gradient of a sum over its response tokens."""
     model = models.build(config)
     tokens, mask = batch()
-    policy = models.policy_fn(model, 0.7, P, group_size=group_size)
+    policy = models.policy_fn(model, 0.7, P, group_size=group_size, **said)
     is_response = (mask != 0) & (np.arange(P + R) >= P)
     weights = np.random.default_rng(1).normal(size=(3, *tokens.shape)).astype(np.float32)
 
@@ -98,30 +98,43 @@ def test_outputs_and_gradients_are_those_of_single_rows(config, monkeypatch):
 
 @pytest.mark.parametrize("config", [SLIDING, slow(replace(GEMMA, scan_layers=True, num_layers=4))])
 def test_cudnn_is_asked_for_the_same_values_and_gradients(config, monkeypatch):
-    """Of the responses to their prompts and themselves in one call, with even numbers of columns;
-    the call alone is replaced, as cuDNN needs a GPU.
+    """Of rows by their lengths, without a mask, with an even number of columns; the call alone is
+    replaced, as cuDNN needs a GPU.
     """
     original = jax.nn.dot_product_attention
     asked = set()
 
-    def on_cpu(query, key, value, *, implementation, **settings):
+    def on_cpu(query, key, value, *, implementation, is_causal, **settings):
         assert implementation == "cudnn"
+        assert is_causal
+        assert settings.get("mask") is None
+        assert len(settings["query_seq_lengths"]) == len(query)
         asked.add((query.shape[:2], key.shape[:2]))
-        return original(query, key, value, implementation="xla", **settings)
+        return original(query, key, value, implementation="xla", is_causal=True, **settings)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", on_cpu)
-    found = weighted(replace(config, attention="cudnn"), G)
-    assert asked == {((2, P), (2, P)), ((2 * G, R + 1), (2 * G, P + R + 1))}
+    found = weighted(replace(config, attention="cudnn"), G, one_text=True)
+    assert asked == {((2 * G, P + R + 1), (2 * G, P + R + 1))}
     assert_close(found, of_single_rows(config))
 
 
-def test_how_long_groups_attend_on_a_gpu(monkeypatch):
-    monkeypatch.setattr("rlhf_jax.models.kernels.fused.platform", lambda: "gpu")
+@pytest.mark.parametrize("name", ["auto", "xla", "blockwise"])
+def test_groups_that_read_no_lengths_compute_the_same_bits(name):
+    model = models.build(replace(LONGEST, attention=name))
+    arguments = (params_of(LONGEST), *batch(), None)
+    programs = [
+        str(jax.make_jaxpr(models.policy_fn(model, 0.7, P, group_size=G, **said))(*arguments))
+        for said in ({}, {"one_text": True})
+    ]
+    assert programs[0] == programs[1]
+
+
+def test_how_long_groups_attend(monkeypatch):
     config = models.GPT2Config(13, 2048, 128, 1, 2, compute_dtype="bfloat16")
-    assert shared.implementation(config, 511) == "xla"
-    assert shared.implementation(config, 512) == "cudnn"
-    assert shared.implementation(replace(config, attention="splash"), 512) == "blockwise"
-    assert shared.implementation(replace(config, compute_dtype="float32"), 512) == "blockwise"
+    assert shared.is_plain(config, 511)
+    assert not shared.is_plain(config, 512)
+    assert shared.is_plain(replace(config, attention="xla"), 512)
+    assert not shared.is_plain(replace(config, attention="splash"), 511)
 
 
 def test_a_prompt_is_embedded_and_goes_through_the_layers_once():

@@ -109,6 +109,15 @@ def seen_in_text(attention_mask: Array, window: int | None = None) -> Seen:
     return Seen(rows, attention_mask, slots, attention_mask, window or len(slots))
 
 
+def seen_of_lengths(attention_mask: Array, window: int | None = None) -> Seen:
+    """``seen_in_text`` of rows that hold one text each, turned until it begins in column 0."""
+    # A row without a token attends to one pad: a softmax of nothing is not a number.
+    lengths = jnp.maximum(jnp.sum(attention_mask != 0, axis=1, dtype=jnp.int32), 1)
+    columns = jnp.arange(attention_mask.shape[1])
+    mask = (columns[None] < lengths[:, None]).astype(jnp.int32)
+    return seen_in_text(mask, window)._replace(lengths=lengths)
+
+
 def is_start(index: Array | int) -> bool:
     """Whether a cache is known to be empty: its next slot is the number 0, and not an array."""
     return isinstance(index, int) and index == 0

@@ -233,8 +233,8 @@ def _states(
     *rows: Any,
 ) -> Array:
     """``model.hidden`` of rows that share prompts, or hold one text each."""
-    if one_text and not shared and model.takes_groups:
-        return model.hidden(params, *rows, one_text=True)
+    if one_text and "num_answers" not in shared and model.takes_groups:
+        return model.hidden(params, *rows, one_text=True, **shared)
     return model.hidden(params, *rows, **shared)
 
 

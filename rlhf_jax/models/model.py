@@ -117,7 +117,7 @@ def build(config: ModelConfig) -> Model:
         inputs = (tokens, mask, columns)
         if groups is not None and rngs is None and config.has_plain_softmax:
             chex.assert_is_divisible(len(tokens), groups.size)
-            together = (*inputs, groups)
+            together = (*inputs, groups, one_text)
             return module.apply({"params": params}, *together, method="hidden_in_groups")
         arranged = (*inputs, num_answers, one_text)
         return module.apply({"params": params}, *arranged, rngs=rngs, method="hidden")

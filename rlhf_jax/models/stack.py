@@ -421,15 +421,9 @@ class Transformer(nn.Module):
         attention then needs their lengths alone.
         """
         length = tokens.shape[1]
-        real = attention_mask != 0
-        starts = jnp.argmax(real, axis=1)
-        # A row without a token attends to one pad: a softmax of nothing is not a number.
-        lengths = jnp.maximum(jnp.sum(real, axis=1, dtype=jnp.int32), 1)
-        mask = (jnp.arange(length)[None] < lengths[:, None]).astype(jnp.int32)
-
-        def seen(window: int | None) -> Seen:
-            return attention.seen_in_text(mask, window)._replace(lengths=lengths)
-
+        starts = jnp.argmax(attention_mask != 0, axis=1)
+        seen = partial(attention.seen_of_lengths, attention_mask)
+        mask = seen().documents
         rows = (fused.turned(tokens, starts), mask != 0, attention.positions(mask), seen)
         if isinstance(columns, Array):
             return self.hidden_at(*rows, (columns - starts[:, None]) % length)
@@ -462,13 +456,18 @@ class Transformer(nn.Module):
         return pick(x, columns, axis=1) if is_wide else x
 
     def hidden_in_groups(
-        self, tokens: Array, attention_mask: Array, columns: Columns, groups: Groups
+        self,
+        tokens: Array,
+        attention_mask: Array,
+        columns: Columns,
+        groups: Groups,
+        one_text: bool = False,
     ) -> Array:
         """``hidden`` of rows [N G, T] that share their prompts: N prompts and N G responses."""
         positions = groups.packed(attention.positions(attention_mask))
         is_real = groups.packed(attention_mask) != 0
         x = self.embed(groups.packed(tokens), positions, is_real)
-        seen = partial(shared.seen, self.config, attention_mask, groups)
+        seen = partial(shared.seen, self.config, attention_mask, groups, one_text)
         views = self.views(positions, seen)
         if isinstance(columns, Array):
             places = groups.places(columns, tokens.shape[1])

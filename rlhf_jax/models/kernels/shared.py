@@ -33,13 +33,13 @@ class Groups(NamedTuple):
     size: int  # G
 
     def packed(self, x: Array) -> Array:
-        """[N G, T] -> [N, P + G R]: the first row's prompt, then the responses."""
-        length = x.shape[1]
-        rows = x.reshape(-1, self.size, length)
+        """[N G, T, ...] -> [N, P + G R, ...]: the first row's prompt, then the responses."""
+        length, *further = x.shape[1:]
+        rows = x.reshape(-1, self.size, length, *further)
         first = rows[:, 0]
         prompt = lax.slice_in_dim(first, 0, self.prompt_length, axis=1)
         responses = lax.slice_in_dim(rows, self.prompt_length, length, axis=2)
-        flat = responses.reshape(len(rows), -1)
+        flat = responses.reshape(len(rows), -1, *further)
         return jnp.concatenate([prompt, flat], axis=1)
 
     def unpacked(self, x: Array, num_prompt: int) -> Array:
@@ -74,6 +74,8 @@ class SeenInGroups(NamedTuple):
     window: Array | int  # keys that a query attends to, its own included
     masks: tuple[Array, Array] | None = None
     """``masks_at`` of all columns of the responses, made once for all layers."""
+    by_row: tuple[Seen, Array] | None = None
+    """What the rows [N G, P + R] see by their lengths, and where in them their texts begin."""
 
 
 class Part(NamedTuple):
@@ -151,9 +153,12 @@ def seen(
     config: TransformerConfig,
     attention_mask: Array,
     groups: Groups,
+    one_text: bool = False,
     window: int | None = None,
 ) -> SeenInGroups:
-    """The mask of rows [N G, T] with this ``attention_mask``, 0 on pads."""
+    """The mask of rows [N G, T] with this ``attention_mask``, 0 on pads. ``one_text``: the real
+    tokens of each row lie side by side.
+    """
     length = attention_mask.shape[1]
     by_group = attention_mask.reshape(-1, groups.size, length)
     prompt, response = jnp.split(by_group != 0, [groups.prompt_length], axis=2)
@@ -161,22 +166,19 @@ def seen(
     alone = attention.seen_in_text(first.astype(jnp.int32), window)
     of_prompt = attention.prepared(config, alone)
     whole = SeenInGroups(of_prompt, response, window or length)
-    if implementation(config, length) == "blockwise":
+    if one_text and attention.takes_lengths(config, length):
+        starts = jnp.argmax(attention_mask != 0, axis=1)
+        return whole._replace(by_row=(attention.seen_of_lengths(attention_mask, window), starts))
+    if not is_plain(config, length):
         return whole
     columns = jnp.arange(response.shape[2])
     return whole._replace(masks=masks_at(whole, columns))
 
 
-def implementation(config: TransformerConfig, length: int) -> str:
-    """How responses attend: "xla" or "cudnn", or "blockwise" where the config names any other form.
-    For "auto" rows that are not long take "xla".
-    """
+def is_plain(config: TransformerConfig, length: int) -> bool:
+    """Whether a product gives all scores of the responses at once; else one block after another."""
     name = config.attention
-    if name == "auto":
-        is_short = length < attention.LONG
-        name = "xla" if is_short else fused.fastest(config)
-    is_known = name in ("xla", "cudnn")
-    return name if is_known else "blockwise"
+    return name == "xla" or (name == "auto" and length < attention.LONG)
 
 
 def masks_at(seen: SeenInGroups, columns: Array) -> tuple[Array, Array]:
@@ -217,6 +219,11 @@ def mix(
         [N, H, g, n, Dh].
     """
     num_prompt = len(seen.prompt.key_slots)
+    if seen.by_row is not None:
+        groups = Groups(num_prompt, seen.real.shape[1])
+        mixed = row_by_row(config, groups, (query, key, value), *seen.by_row, is_local)
+        return pick(mixed, columns, axis=3)
+
     of_prompt = None
     if isinstance(columns, slice):
         of_prompt = slice(columns.start, num_prompt)
@@ -229,14 +236,34 @@ def mix(
     by_row = of_each(own_query, seen)
     rows = by_row.swapaxes(2, 3)  # [N, H, G, g, R, Dh]
     own = (of_each(own_key, seen), of_each(own_value, seen))
-    length = num_prompt + seen.real.shape[2]
-    if seen.masks is not None and implementation(config, length) == "cudnn":
-        responses = fused.of_groups(rows, (key, value), own, seen.masks)
-    else:
-        responses = of_responses(rows, (key, value), own, seen)
+    responses = of_responses(rows, (key, value), own, seen)
     flat = responses.swapaxes(2, 3).reshape(own_query.shape)
     mixed = jnp.concatenate([prompt, flat], axis=3)
     return pick(mixed, columns, axis=3) if isinstance(columns, Array) else mixed
+
+
+def row_by_row(
+    config: TransformerConfig,
+    groups: Groups,
+    arrays: tuple[Array, Array, Array],
+    seen: Seen,
+    starts: Array,
+    is_local: Array | bool,
+) -> Array:
+    """``mix`` of rows that hold one text each, by a causal kernel that reads lengths and no mask.
+    Each response has a copy of its prompt's queries, keys and values.
+    """
+
+    def rows(x: Array) -> Array:
+        """[N, ..., P + G R, Dh] -> [N G, ..., P + R, Dh], the texts from column 0 on."""
+        by_column = jnp.moveaxis(x, -2, 1)
+        own = groups.unpacked(by_column, groups.prompt_length)
+        return jnp.moveaxis(fused.turned(own, starts), 1, -2)
+
+    mixed = attention.mix(config, *map(rows, arrays), seen, None, is_local, None)
+    by_column = jnp.moveaxis(mixed, -2, 1)
+    packed = groups.packed(fused.turned(by_column, -starts))
+    return jnp.moveaxis(packed, 1, -2)
 
 
 def of_each(x: Array, seen: SeenInGroups) -> Array:

@@ -122,6 +122,7 @@ def networks_of(
             value_model=value_model,
             teacher=taught_by,
             group_size=method.shared_by,
+            one_text=True,
         )
 
     reference = None
