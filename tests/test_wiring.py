@@ -211,6 +211,7 @@ def test_each_batch_is_as_wide_as_its_own_prompts_need(
 
     def policy_of(model, temperature, *, response_length, **more):
         made.add(response_length)
+        assert more["one_text"]  # GPUs read lengths in place of masks
         return policy_fn(model, temperature, response_length=response_length, **more)
 
     fakes = {

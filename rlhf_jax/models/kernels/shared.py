@@ -221,7 +221,7 @@ def mix(
     num_prompt = len(seen.prompt.key_slots)
     if seen.by_row is not None:
         groups = Groups(num_prompt, seen.real.shape[1])
-        mixed = row_by_row(config, groups, (query, key, value), *seen.by_row, is_local)
+        mixed = row_by_row(config, groups, query, key, value, *seen.by_row, is_local)
         return pick(mixed, columns, axis=3)
 
     of_prompt = None
@@ -245,7 +245,9 @@ def mix(
 def row_by_row(
     config: TransformerConfig,
     groups: Groups,
-    arrays: tuple[Array, Array, Array],
+    query: Array,
+    key: Array,
+    value: Array,
     seen: Seen,
     starts: Array,
     is_local: Array | bool,
@@ -260,7 +262,8 @@ def row_by_row(
         own = groups.unpacked(by_column, groups.prompt_length)
         return jnp.moveaxis(fused.turned(own, starts), 1, -2)
 
-    mixed = attention.mix(config, *map(rows, arrays), seen, None, is_local, None)
+    arrays = (rows(query), rows(key), rows(value))
+    mixed = attention.mix(config, *arrays, seen, None, is_local, None)
     by_column = jnp.moveaxis(mixed, -2, 1)
     packed = groups.packed(fused.turned(by_column, -starts))
     return jnp.moveaxis(packed, 1, -2)

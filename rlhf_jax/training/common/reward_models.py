@@ -83,6 +83,7 @@ def scorer_of_groups(
     model: models.Model, *, score_rows: int | None, prompt_length: int, group_size: int
 ) -> ScoreFn:
     """The ScoreFn of rows that share their prompts, ``score_rows`` at once."""
-    shared = {"prompt_length": prompt_length, "group_size": group_size}
-    score_fn = models.score_fn(model, one_text=True, **shared)
+    score_fn = models.score_fn(
+        model, prompt_length=prompt_length, group_size=group_size, one_text=True
+    )
     return policies.by_rows(score_fn, score_rows, group_size=group_size)
