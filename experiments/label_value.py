@@ -44,7 +44,7 @@ Found = dict[str, dict[str, Any]]  # numbers by variant and metric
 class Sizes(NamedTuple):
     """How much is trained."""
 
-    seeds: int = 8
+    seeds: int = 4
     labels: int = 255  # with a member of no edit for each kind of edit, eight times MEMBERS
     wrong: int = 26  # of the labels
     steps: int = 60  # of PPO

@@ -43,7 +43,7 @@ SIZES = Sizes(
     sweep_steps=1,
 )
 UPWARDS, RIGHT, DOWN, LEFT = range(UP, END)
-REACHED = "answers for SFT's pass@64, 64 at most"
+FEWER = "times fewer answers with MaxRL"
 APART = "largest difference of a parameter from a single run, millionths"
 ALL_MAXRL = ("MaxRL", results.ALL)
 
@@ -222,6 +222,8 @@ def test_the_objectives_are_the_packages():
         "pass@8": [of_eight, 0],
     }
     assert expected.keys() == found.keys()
+    # Of each answer the sum of its tokens counts, whatever its length; PPO has all tokens alike.
+    assert [config.aggregate for _, config in METHODS.values()] == [*["sum"] * 3, "token", "sum"]
     for name, values in expected.items():
         assert_allclose(found[name], values, rtol=0.05, err_msg=name)
 
@@ -237,15 +239,19 @@ def test_rows_have_paired_differences_and_the_answers_that_suffice():
     ks = np.arange(1, 65)
     base = np.tile(1 - 0.95**ks, (2, 1))
     better = np.stack([1 - 0.9**ks, 1 - 0.99**ks])
-    rows = maze.rows_of("RLOO", better, {"SFT": base}, step=7)
+    rows = maze.rows_of("MaxRL", better, {"SFT": base}, step=7)
     values = {(row["seed"], row["step"], row["metric"]): row["value"] for row in rows}
     assert_allclose(values[0, 7, "pass@1 minus SFT's"], 0.05, atol=1e-4)
     assert_allclose(values[1, 7, "pass@1 minus SFT's"], -0.04, atol=1e-4)
     assert_allclose(values[results.ALL, 7, "pass@1 minus SFT's"], 0.005, atol=1e-4)
     assert_allclose(values[results.ALL, 8, "pass@k"], better[:, 7].mean(), atol=1e-4)
     assert (0, 8, "pass@k") not in values  # the file stays small
-    assert values[0, 7, REACHED] == 32  # .9 ** 31.2 is .95 ** 64
-    assert values[1, 7, REACHED] == 64  # not reached
+    others = {"SFT": better, "MaxRL": better}
+    rows = maze.rows_of("RLOO", base, others, step=7)
+    values = {(row["seed"], row["step"], row["metric"]): row["value"] for row in rows}
+    assert values[0, 7, FEWER] == 2  # .9 ** 32 is less than .95 ** 64
+    assert values[1, 7, FEWER] == 1  # not reached
+    assert_allclose(values[0, 7, "pass@16 minus MaxRL's"], 0.9**16 - 0.95**16, atol=1e-4)
 
 
 def test_the_rate_of_the_best_sweep_measures_and_the_first_seed_runs_alone(tmp_path):
