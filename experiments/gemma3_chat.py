@@ -211,7 +211,8 @@ def main(
     rows = []
 
     def add(variant: str, step: int, values: dict[str, float]) -> None:
-        rows.extend(results.row(variant, seed, step, *item) for item in values.items())
+        # Intervals are over what was asked, in the one run.
+        rows.extend(results.row(variant, results.ALL, step, *item) for item in values.items())
         logger.info(f"{variant}: {values}")
         words = " ".join([f"--seed {seed}", "--out", out.name])
         command = f"python experiments/gemma3_chat.py runs/gemma3 {words}"

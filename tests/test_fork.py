@@ -196,6 +196,9 @@ def test_a_fork_that_was_stopped_goes_on_by_the_command_that_it_prints(run, tmp_
         ({"settings": ["sft.batch_size"]}, "--set sft.batch_size: give KEY=VALUE"),
         ({"settings": ["output_dir=x"]}, "--set output_dir=x: a fork has its own"),
         ({"settings": ["mesh.data=2"]}, "a fork has its own"),
+        ({"settings": ["seed=3"]}, "--set seed=3: other rows would be held out"),
+        ({"settings": ["sft.validation_fraction=0.5"]}, "other rows would be held out"),
+        ({"at": 6}, "--at 6: no step is left to make"),
         ({"settings": ["sft.bach_size=2"]}, "unknown flag --sft.bach-size"),
         ({"settings": ["checkpoint_async=yes"]}, "takes no value, got yes"),
         ({"settings": ["alerts=[a"]}, "--set alerts: cannot be read as YAML"),
@@ -210,6 +213,14 @@ def test_what_cannot_be_forked_is_a_sentence_and_leaves_no_folder(run, options, 
     with pytest.raises(UserError, match=message):
         fork(run, output_dir=tmp_path / "fork", **{"at": 4, "trust_config": True} | options)
     assert not (tmp_path / "fork").exists()
+
+
+def test_where_the_run_ends_nothing_is_compared(run, tmp_path, capsys):
+    more = ["sft.num_epochs=3"]
+    fork(run, 6, tmp_path / "fork", more, trust_config=True)
+    assert len(rows(tmp_path / "fork")) > len(rows(run))
+    said = capsys.readouterr().out
+    assert "the run has no step after 6: nothing was compared" in said
 
 
 def test_folders_are_refused_before_anything_is_read(run, tmp_path):

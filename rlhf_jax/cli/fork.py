@@ -25,6 +25,8 @@ from rlhf_jax.training.tasks import TASKS
 
 # What --set cannot change: the command itself chooses it.
 OWN = (*verify.STARTS, "config", "trust_config", "mesh.data")
+# They draw the held-out rows.
+DRAWS = ("seed", "validation_fraction")
 Many = tyro.conf.UseAppendAction[tuple[str, ...]]
 
 
@@ -112,15 +114,19 @@ def fork(
             shutil.rmtree(output_dir)
         raise
     ends = [reading.read_rows(of / "metrics.jsonl")[-1]["step"] for of in (run, output_dir)]
+    if ends[1] <= at:
+        shutil.rmtree(output_dir)
+        raise UserError(f"--at {at}: no step is left to make; begin earlier, or set more steps")
     differences, _ = verify.compare(run, output_dir, verify.Span(at, min(ends), max(ends)))
-    show(f"{output_dir}: forked from {run} at step {at}")
-    for sentence in changes.values():
-        show(f"changed: {sentence}")
+    changed = [f"changed: {sentence}" for sentence in changes.values()]
+    show("\n".join([f"{output_dir}: forked from {run} at step {at}", *changed]))
     if differences:
         rows = [[str(step), *texts] for step, *texts in differences]
         print_table(("step", "file", "first difference", "run", "fork"), rows)
     else:
-        show("nothing differs from the run, in the steps that both have")
+        nothing = f"the run has no step after {at}: nothing was compared"
+        same = "nothing differs from the run, in the steps that both have"
+        show(nothing if min(ends) == at else same)
 
 
 def _flag(setting: str) -> list[str]:
@@ -131,6 +137,11 @@ def _flag(setting: str) -> list[str]:
         why = "a fork has its own" if equals else "give KEY=VALUE, such as rl.kl_coef=0.1"
         raise UserError(f"--set {setting}: {why}")
     section, dot, name = key.replace("_", "-").rpartition(".")
+    if key.rpartition(".")[2] in DRAWS:
+        raise UserError(
+            f"--set {setting}: other rows would be held out, of which the run has learned some; "
+            "start a new run with it"
+        )
     if key in switches_of(RunConfig) and value in ("true", "false"):
         return [f"--{section}{dot}{'no-' * (value == 'false')}{name}"]
     if not value.startswith("["):
