@@ -67,6 +67,17 @@ RUNS = {
 }
 
 
+# Files of functions of arrays: what they compile is the same under every Python.
+ARRAYS = {
+    *("advantages", "algorithm_hooks", "algorithm_losses", "attention", "dapo", "distill"),
+    *("experts", "families", "gradient_step", "group_objectives", "heads", "iteration"),
+    *("kernels", "known_optima", "layouts", "lora", "losses", "models", "online_preferences"),
+    *("ops", "otb", "policies", "policy_algorithms", "quantization", "rl_steps", "sampling"),
+    *("scan_and_remat", "share_prompts", "shared_comparisons", "shared_prompts", "sharding"),
+    *("statistic", "truncated_sampling", "trust_regions", "updates", "value_model", "vapo"),
+}
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Files with the longest tests come first: one that began last would leave the other workers
@@ -74,8 +85,10 @@ def pytest_collection_modifyitems(items):
     """
     items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
     for item in items:
-        if item.path.stem.removeprefix("test_") in RUNS:
-            item.add_marker("runs")
+        name = item.path.stem.removeprefix("test_")
+        for marker, files in (("runs", RUNS), ("arrays", ARRAYS)):
+            if name in files:
+                item.add_marker(marker)
 
 
 def pytest_collection_finish():
