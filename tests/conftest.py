@@ -63,7 +63,7 @@ RUNS = {
     *("keeping", "label", "live_memory", "moving_references", "out_of_memory", "plan"),
     *("reward_interface", "rl_from_python", "rl_validation", "rounds", "serve", "serve_hostile"),
     *("serve_openai", "slots", "stage_loop", "stop_strings", "supervised", "trackers", "training"),
-    *("fork", "validation_answers", "verify", "wiring"),
+    *("fork", "given_rows", "lora_runs", "states", "validation_answers", "verify", "wiring"),
 }
 
 
