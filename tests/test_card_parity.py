@@ -20,8 +20,11 @@ def test_the_parts_are_rehearsed(tmp_path, monkeypatch):
     card.main()
     found = {}
     for row in json.loads(out.read_text())["rows"]:
-        found.setdefault(row["variant"].split()[0], {})[row["metric"]] = row["value"]
-    assert found["same"]["same"] == 1
+        of = row["variant"] if row["variant"].startswith("same") else row["variant"].split()[0]
+        found.setdefault(of, {})[row["metric"]] = row["value"]
+    assert found["same bytes"]["same"] == 1
+    microbatches = found["same bytes, microbatches 1 and 4"]
+    assert 0 < microbatches["equal_rows"] <= microbatches["rows"]
     for metric, value in found["right"].items():  # a CPU beside itself
         assert value == (1 if metric.endswith("equal") else 0)
     assert found["peaks"].keys() == {"bf16_tflops", "copy_gb_s"}
