@@ -383,7 +383,8 @@ def table(parts: list[Part], seconds: float, command: str) -> dict[str, Any]:
     needed = [re.split("[^A-Za-z0-9_.-]", words)[0] for words in project["dependencies"]]
     absent = missing([project["name"], *needed, "torch"])
     here = Part("missing", (), 0.0)
-    rows = [row for name in absent for row in rows_of(here, {name: 1})]
+    rows = rows_of(here, dict.fromkeys(absent, 1.0))
+    _show(rows)
     if "torch" in absent:
         parts = list(map(without_torch, parts))
     with module_path(project, absent) as path:
@@ -394,8 +395,7 @@ def table(parts: list[Part], seconds: float, command: str) -> dict[str, Any]:
                 found = rows_of(part, {"skipped": 1}, "no seconds were left")
             else:
                 found = run_part(part, min(left, part.limit), path)
-            for row in found:
-                print(f"{row['variant']}: {row['metric']} {row['value']:g}", flush=True)
+            _show(found)
             rows += found
     git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     revision = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
@@ -406,6 +406,11 @@ def table(parts: list[Part], seconds: float, command: str) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - started),
         "rows": rows,
     }
+
+
+def _show(rows: Rows) -> None:
+    for row in rows:
+        print(f"{row['variant']}: {row['metric']} {row['value']:g}", flush=True)
 
 
 def answer(words: list[str]) -> Values:

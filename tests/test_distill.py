@@ -129,7 +129,7 @@ def value_and_gradient(function, params):
 def test_chunks_equal_full_logits(monkeypatch, columns_per_chunk, prompt_length):
     """Values and gradient; the parameters of the teacher are an argument."""
     if columns_per_chunk is not None:
-        monkeypatch.setattr(heads, "_CHUNK_LOGITS", columns_per_chunk * CONFIG.vocab_size)
+        monkeypatch.setattr(heads, "_logits_at_once", lambda size: columns_per_chunk * size)
     model, policy, params, own, theirs = with_teacher(prompt_length)
     first = max(prompt_length, 1)
 

@@ -52,7 +52,7 @@ def with_value(params, scale=1.0):
 )
 def test_policy_fn_equals_ops_on_full_logits(monkeypatch, columns_per_chunk, prompt_length):
     if columns_per_chunk is not None:
-        monkeypatch.setattr(heads, "_CHUNK_LOGITS", columns_per_chunk * CONFIG.vocab_size)
+        monkeypatch.setattr(heads, "_logits_at_once", lambda size: columns_per_chunk * size)
     model, params = tiny()
     temperature = 0.7
     first = max(prompt_length, 1)
@@ -155,7 +155,7 @@ def chunks_of(monkeypatch, columns, model):
     """The model with chunks of so many columns, and the list of chunks whose logits are computed
     when its functions run.
     """
-    monkeypatch.setattr(heads, "_CHUNK_LOGITS", columns * CONFIG.vocab_size)
+    monkeypatch.setattr(heads, "_logits_at_once", lambda size: columns * size)
     computed = []
 
     def unembed(params, hidden):
@@ -380,3 +380,21 @@ def test_add_head_initial_values():
     value = models.add_head(KEY, params, "value")["value"]
     assert_array_equal(value["kernel"], np.zeros(2048))
     assert value["bias"] == 0
+
+
+@pytest.mark.parametrize(
+    ("platform", "vocab_size", "columns"),
+    [("cpu", 2**15, 32), ("cpu", 2**18, 16), ("gpu", 2**15, 256), ("gpu", 2**20, 16)],
+)
+def test_a_chunk_has_a_million_logits_of_a_row_and_sixteen_columns(
+    monkeypatch, platform, vocab_size, columns
+):
+    monkeypatch.setattr(heads.fused, "platform", lambda: platform)
+    widths = []
+
+    def of_chunk(_, x):
+        widths.append(x.shape[1])
+        return x
+
+    jax.eval_shape(lambda x: heads._by_chunks(of_chunk, vocab_size, x), jnp.zeros((3, 1024)))
+    assert set(widths) == {columns}

@@ -72,7 +72,7 @@ FAST = ("in chunks", "shared prompts", "of logits")
 @pytest.mark.parametrize("kind", [x if x in FAST else slow(x) for x in POLICIES])
 def test_a_statistic_is_that_of_all_logits_and_so_is_its_gradient(kind, monkeypatch):
     if kind == "in chunks":
-        monkeypatch.setattr(heads, "_CHUNK_LOGITS", 2 * CONFIG.vocab_size)
+        monkeypatch.setattr(heads, "_logits_at_once", lambda size: 2 * size)
     model, params = small()
     policy = POLICIES[kind](model, params)
     asked = {"statistic": statistic, "arrays": (IDS, WEIGHTS[..., 0])}

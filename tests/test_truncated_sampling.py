@@ -173,7 +173,7 @@ def update_of(policy_fn, params, scored):
 @pytest.mark.parametrize("drawn", KINDS[2:], indirect=True)
 def test_a_first_step_has_the_ratio_one_in_chunks_of_logits_too(drawn, monkeypatch):
     """A network whose states are one-hot tokens, two columns of logits at a time."""
-    monkeypatch.setattr(heads, "_CHUNK_LOGITS", 2 * 13)
+    monkeypatch.setattr(heads, "_logits_at_once", lambda size: 2 * 13)
     _, made = drawn
 
     def hidden(params, tokens, mask, key, columns):

@@ -29,6 +29,8 @@ _CHUNK_LOGITS = 2**20
 # So many times more on an accelerator, where the gradient of each chunk reads and writes the whole
 # table: of 8 rows of 1,024 columns and 152,000 tokens, 19 chunks in place of 147.
 _ON_ACCELERATORS = 8
+# A CPU too waits for the table if a chunk has fewer columns (docs/gemma.md).
+_CHUNK_COLUMNS = 16
 HEADS = ("value", "score")  # their keys in a model's parameters
 
 
@@ -344,21 +346,19 @@ def _by_chunks(
     read: Array | None = None,
 ) -> PolicyOutput:
     """``fn(number of the chunk, *arrays)`` of arrays [B, N, ...], in chunks of columns whose logits
-    are about ``_CHUNK_LOGITS`` numbers for each row, or more on an accelerator.
+    are about ``_logits_at_once`` numbers for each row.
 
     read: [B, N] bool, the columns whose results are read; on CPUs the chunks of others are left
         out, and 0. None: all.
     """
     columns = arrays[0].shape[1]
-    is_cpu = fused.platform() == "cpu"
-    at_once = _CHUNK_LOGITS * (1 if is_cpu else _ON_ACCELERATORS)
-    chunks = math.ceil(columns * vocab_size / at_once)
+    chunks = math.ceil(columns * vocab_size / _logits_at_once(vocab_size))
     if chunks <= 1:
         return fn(jnp.int32(0), *arrays)
     size = math.ceil(columns / chunks)
     # Compiled for an H200 and a TPU v5e, chunks that may be left out take another copy of the
     # table's gradient, and on the TPU twice the time to compile.
-    if read is None or not is_cpu:
+    if read is None or fused.platform() != "cpu":
         output: PolicyOutput = by_blocks(fn, size, *((x, 1) for x in arrays))
         return output
     # Each row's columns that are read come first, so that they fill as few chunks as possible.
@@ -367,6 +367,11 @@ def _by_chunks(
     output = by_blocks(partial(_where_read, fn), size, *in_front)
     back = jnp.argsort(order, axis=1)
     return jax.tree.map(lambda x: _permuted(x, back), output)
+
+
+def _logits_at_once(vocab_size: int) -> int:
+    usual = _CHUNK_LOGITS * (1 if fused.platform() == "cpu" else _ON_ACCELERATORS)
+    return max(usual, _CHUNK_COLUMNS * vocab_size)
 
 
 def _where_read(fn: Callable[..., PolicyOutput], number: Array, read: Array, *arrays: Array) -> Any:
