@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -47,6 +48,7 @@ FIGURES = (
     "bandwidth_share_published",
     "mfu",
     "mfu_measured",
+    "others_cpu",
     "peak_memory_mb",
     "planned_memory_mb",
     "compile_cold_s",
@@ -181,7 +183,7 @@ def _numbers(preset: str, dtype: str, columns: int, device: Any) -> dict[str, An
             TrainState.create(params, optimizer),
             Demonstrations(tokens, mask, response),
             None,
-            policy_fn=models.policy_fn(model),
+            policy_fn=models.policy_fn(model, one_text=True),  # as runs have it: by lengths
             optimizer=optimizer,
             config=sft.Config(),
         )
@@ -197,8 +199,8 @@ def _gaps(cpu: dict[str, Any], here: dict[str, Any]) -> Values:
     import jax
 
     def largest(old: Any, new: Any) -> float:
-        apart = jax.tree.map(lambda x, y: float(np.max(np.abs(x - y))), old, new)
-        return max(jax.tree.leaves(apart))
+        apart = jax.tree.map(lambda x, y: np.max(np.abs(x - y)), old, new)
+        return float(np.max(jax.tree.leaves(apart)))  # not Python's max, which loses NaN
 
     scale = float(np.max(np.abs(cpu["logits"])))
     return {
@@ -210,7 +212,7 @@ def _gaps(cpu: dict[str, Any], here: dict[str, Any]) -> Values:
 
 
 def again(flags: list[str]) -> Values:
-    """A run of PPO twice with --deterministic."""
+    """A run of PPO twice with --deterministic; the second finds the programs of the first."""
     return _compared(flags, flags)
 
 
@@ -284,10 +286,12 @@ def run_part(part: Part, limit: float, path: str) -> Rows:
             try:
                 output, _ = process.communicate(timeout=limit)
             except subprocess.TimeoutExpired:
-                return rows_of(part, {"failed": 124}, f"ended after {limit:.0f} s")
+                output = None
         errors.seek(0)
         said = errors.read()
     sys.stderr.write(said)
+    if output is None:
+        return rows_of(part, {"failed": 124}, f"ended after {limit:.0f} s")
     lines = [line for line in output.splitlines() if line.startswith("{")]
     if process.returncode or not lines:
         [*_, reason] = said.strip().splitlines() or ["it said nothing"]
@@ -331,8 +335,16 @@ def rows_of(part: Part, values: Values, reason: str | None = None) -> Rows:
 
 def missing(packages: list[str]) -> list[str]:
     """Those of the packages that are not installed."""
-    installed = {_normal(one.name) for one in metadata.distributions()}
+    # A folder that a broken installation left has no name.
+    installed = {_normal(one.name) for one in metadata.distributions() if one.name}
     return [name for name in packages if _normal(name) not in installed]
+
+
+def torch_runs() -> bool:
+    """Whether PyTorch computes where the parts do."""
+    words = "import torch; print(torch.cuda.is_available())"
+    on_cpu = os.environ.get("JAX_PLATFORMS") == "cpu"
+    return _said_by(sys.executable, "-c", words) in (["True", "False"] if on_cpu else ["True"])
 
 
 def _normal(name: str) -> str:
@@ -366,27 +378,35 @@ def without_torch(part: Part) -> Part:
 def machine() -> str:
     """The device and the versions that the figures depend on, without starting JAX here."""
     words = "import jax; d = jax.devices(); print(len(d), 'x', d[0].device_kind)"
-    asked = subprocess.run(
-        [sys.executable, "-c", words], capture_output=True, text=True, check=False
-    )
-    facts = [asked.stdout.strip() or "no device"]
+    facts = [_said_by(sys.executable, "-c", words) or "no device"]
     for package in ("jax", "jaxlib", "torch", "transformers"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             facts.append(f"{package} {metadata.version(package)}")
     return ", ".join([*facts, f"Python {platform.python_version()}"])
 
 
-def table(parts: list[Part], seconds: float, command: str) -> dict[str, Any]:
-    """Runs the parts while there are ``seconds`` left."""
+def _said_by(*command: str) -> str:
+    """The output of a command; "" if it does not run or end."""
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        return done.stdout.strip()
+    return ""
+
+
+def tables(parts: list[Part], seconds: float, command: str) -> Iterator[dict[str, Any]]:
+    """The table after each part, which are run while there are ``seconds`` left."""
     started = time.perf_counter()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     needed = [re.split("[^A-Za-z0-9_.-]", words)[0] for words in project["dependencies"]]
     absent = missing([project["name"], *needed, "torch"])
-    here = Part("missing", (), 0.0)
-    rows = rows_of(here, dict.fromkeys(absent, 1.0))
+    if "torch" not in absent and not torch_runs():
+        absent.append("torch")
+    rows = rows_of(Part("missing", (), 0.0), dict.fromkeys(absent, 1.0))
     _show(rows)
     if "torch" in absent:
         parts = list(map(without_torch, parts))
+    git = ("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*")
+    table = {"command": command, "revision": _said_by(*git), "machine": machine()}
     with module_path(project, absent) as path:
         for number, part in enumerate(parts, 1):
             kept = TURN * (len(parts) - number)
@@ -397,15 +417,7 @@ def table(parts: list[Part], seconds: float, command: str) -> dict[str, Any]:
                 found = run_part(part, min(left, part.limit), path)
             _show(found)
             rows += found
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    revision = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "command": command,
-        "revision": revision,
-        "machine": machine(),
-        "seconds": round(time.perf_counter() - started),
-        "rows": rows,
-    }
+            yield table | {"seconds": round(time.perf_counter() - started), "rows": rows}
 
 
 def _show(rows: Rows) -> None:
@@ -441,9 +453,13 @@ def main() -> None:
     only = args.only.split(",") if args.only else [part.arguments[0] for part in parts]
     wanted = [part for part in parts if part.arguments[0] in only]
     command = " ".join(["python benchmarks/card.py", *sys.argv[1:]])
-    found = table(wanted, args.seconds, command)
-    args.out.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-    failed = {row["variant"] for row in found["rows"] if row["metric"] == "failed"}
+    # An outer limit ends this script so: a part that stayed would hold the card's memory.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    failed: set[str] = set()
+    for table in tables(wanted, args.seconds, command):
+        # After each part: what is measured stays if the machine goes.
+        args.out.write_text(json.dumps(table, indent=1) + "\n", "utf-8")
+        failed = {row["variant"] for row in table["rows"] if row["metric"] == "failed"}
     if failed:
         raise SystemExit(f"failed: {', '.join(sorted(failed))}")
 

@@ -135,7 +135,6 @@ def work(name: Name, preset: Preset, value: Value = "shared", temperature: float
     tokens = jax.random.randint(keys[1], shape, 2, preset.model.vocab_size, jnp.int32)
     mask = jnp.ones(shape, jnp.int32)
     batch = Demonstrations(tokens, mask, mask.at[:, : preset.prompt].set(0))
-    policy_fn = models.policy_fn(model, prompt_length=preset.prompt)
 
     def stepping(
         update: Callable[..., tuple[Any, Any]], start: Params, data: Any, **options: Any
@@ -192,7 +191,8 @@ def _rl_work(
     group = group | {"num_microbatches": preset.num_microbatches}
     separate = name == "iteration" and value == "separate"
     own = model if separate else None
-    policy_fn = models.policy_fn(model, value_model=own, prompt_length=preset.prompt)
+    said: dict[str, Any] = {"prompt_length": preset.prompt, "one_text": True}
+    policy_fn = models.policy_fn(model, value_model=own, **said)
     with_value = models.add_head(keys[3], params, "value")
     if separate:
         with_value = critic.beside(Trainable(params), with_value).params
@@ -213,8 +213,10 @@ def _rl_work(
     # The first parameters are the reference too, and a reward model stands on the same body.
     functions = iteration.Functions(
         jax.tree_util.Partial(policy_fn),
-        rewards.from_model(models.score_fn(model), models.add_head(keys[3], params, "score")),
-        jax.tree_util.Partial(models.policy_fn(model, prompt_length=preset.prompt), params),
+        rewards.from_model(
+            models.score_fn(model, one_text=True), models.add_head(keys[3], params, "score")
+        ),
+        jax.tree_util.Partial(models.policy_fn(model, **said), params),
     )
 
     def sample(row_ids: jax.Array, data: Any) -> tuple[Any, Any]:

@@ -2,8 +2,10 @@
 
 import functools
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +50,8 @@ def test_figures_of_the_line_that_bench_prints(monkeypatch):
     done = subprocess.CompletedProcess([], 1, f"a warning\n{json.dumps(line)}\n", "")
     ran = []
     monkeypatch.setattr(subprocess, "run", lambda command, **options: ran.append(command) or done)
-    assert card.answer(["bench", "sft", "--rows", "4"]) == {"median_s": 0.5, "ratio": 2.0}
+    figures = {"median_s": 0.5, "others_cpu": 0.9, "ratio": 2.0}
+    assert card.answer(["bench", "sft", "--rows", "4"]) == figures
     _, file, *words = ran[0]
     assert file == str(ROOT / "benchmarks" / "bench.py")
     assert words == ["sft", "--rows", "4"]
@@ -111,13 +114,14 @@ def parts(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(card, "__file__", str(file))
     monkeypatch.setattr(card, "missing", lambda packages: [])
+    monkeypatch.setattr(card, "torch_runs", lambda: True)
     return {name: card.Part(name, (name,), 60.0) for name in ("good", "fail", "stay", "silent")}
 
 
 def test_a_part_that_fails_says_so_and_the_others_go_on(parts, monkeypatch, capsys):
     monkeypatch.setattr(card, "machine", lambda: "a card")
     parts["stay"] = parts["stay"]._replace(limit=0.2)
-    found = card.table(list(parts.values()), 1000.0, "python benchmarks/card.py")
+    *_, found = card.tables(list(parts.values()), 1000.0, "python benchmarks/card.py")
     rows = [(row["variant"], row["metric"], row["value"]) for row in found["rows"]]
     assert rows == [
         ("good", "a", 1.2346),
@@ -137,7 +141,8 @@ def test_a_part_that_fails_says_so_and_the_others_go_on(parts, monkeypatch, caps
 
 def test_without_seconds_a_part_is_skipped(parts, monkeypatch):
     monkeypatch.setattr(card, "machine", lambda: "a card")
-    [row] = card.table([parts["good"]], card.LEAST - 1, "")["rows"]
+    [table] = card.tables([parts["good"]], card.LEAST - 1, "")
+    [row] = table["rows"]
     assert (row["metric"], row["value"]) == ("skipped", 1)
 
 
@@ -145,8 +150,8 @@ def test_a_part_leaves_the_others_a_turn(parts, monkeypatch):
     monkeypatch.setattr(card, "machine", lambda: "a card")
     monkeypatch.setattr(card, "LEAST", 1.0)
     monkeypatch.setattr(card, "TURN", 5.0)
-    found = card.table([parts["stay"], parts["good"]], 7.0, "")["rows"]
-    assert [row["metric"] for row in found] == ["failed", "a", "b"]
+    *_, found = card.tables([parts["stay"], parts["good"]], 7.0, "")
+    assert [row["metric"] for row in found["rows"]] == ["failed", "a", "b"]
 
 
 def test_a_missing_package_has_a_row_and_pytorch_is_not_asked_for(parts, monkeypatch):
@@ -156,15 +161,51 @@ def test_a_missing_package_has_a_row_and_pytorch_is_not_asked_for(parts, monkeyp
     ran = []
     monkeypatch.setattr(card, "run_part", lambda part, *rest: ran.append(part.arguments) or [])
     of_torch = PARTS["grpo gpt2 64x(512+512)"]
-    [row] = card.table([of_torch, parts["good"]], 1000.0, "")["rows"]
+    *_, table = card.tables([of_torch, parts["good"]], 1000.0, "")
+    [row] = table["rows"]
     assert (row["variant"], row["metric"], row["value"]) == ("missing", "torch", 1)
     left = "bench grpo --preset gpt2 --rows 64 --prompt 512 --response 512 --microbatches 4"
     assert ran == [(*left.split(), "--dtype", "bfloat16"), ("good",)]
     assert {"rlhf-jax", "jax", "orbax-checkpoint", "PyYAML", "torch"} <= {*asked}
 
 
-def test_what_is_missing_is_found_under_any_spelling():
+def test_what_is_missing_is_found_under_any_spelling(tmp_path, monkeypatch):
+    """A folder that a broken installation left behind is none."""
+    (tmp_path / "no_such_thing-1.0.dist-info").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
     assert card.missing(["NumPy", "orbax.checkpoint", "no-such-thing"]) == ["no-such-thing"]
+
+
+@pytest.mark.parametrize(
+    ("platforms", "said", "runs"),
+    [("", "False", False), ("", "True", True), ("", "", False), ("cpu", "False", True)],
+)
+def test_a_pytorch_that_does_not_know_the_card_is_missing(platforms, said, runs, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    monkeypatch.setattr(card, "_said_by", lambda *command: said)
+    assert card.torch_runs() == runs
+
+
+def test_without_pytorch_for_the_card_its_parts_run_alone(parts, monkeypatch):
+    monkeypatch.setattr(card, "machine", lambda: "a card")
+    monkeypatch.setattr(card, "torch_runs", lambda: False)
+    *_, table = card.tables([parts["good"]], 1000.0, "")
+    assert [row["metric"] for row in table["rows"]] == ["torch", "a", "b"]
+
+
+def test_a_command_that_is_not_there_says_nothing():
+    assert card._said_by("no-such-command") == ""
+    assert card._said_by(sys.executable, "-c", "print(3)") == "3"
+
+
+def test_a_number_that_is_none_is_no_small_gap():
+    """Whichever leaf it is in."""
+    numbers = {"logits": np.ones(2), "said": np.ones(2), "loss": np.float32(1)}
+    weights = {"a": np.zeros(2), "b": np.zeros(2)}
+    for name in weights:
+        broken = weights | {name: np.array([0.0, np.nan])}
+        gaps = card._gaps(numbers | {"weights": weights}, numbers | {"weights": broken})
+        assert np.isnan(gaps["weights gap"])
 
 
 def test_a_tree_that_is_not_installed_has_a_version():
@@ -200,3 +241,49 @@ def test_a_failed_part_fails_the_script_after_the_table_is_written(parts, tmp_pa
     monkeypatch.setattr(card.sys, "argv", ["card.py", "--out", str(out), "--only", "good"])
     card.main()
     assert json.loads(out.read_text())["rows"][0]["variant"] == "good"
+
+
+def test_the_table_is_written_after_each_part(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(card, "machine", lambda: "a card")
+    monkeypatch.setattr(card, "PARTS", [parts["good"], parts["stay"]])
+    out = tmp_path / "card.json"
+    monkeypatch.setattr(card.sys, "argv", ["card.py", "--out", str(out)])
+    run_part = card.run_part
+
+    def ended(part, *rest):
+        if part.name == "stay":
+            raise KeyboardInterrupt
+        return run_part(part, *rest)
+
+    monkeypatch.setattr(card, "run_part", ended)
+    with pytest.raises(KeyboardInterrupt):
+        card.main()
+    assert [row["metric"] for row in json.loads(out.read_text())["rows"]] == ["a", "b"]
+
+
+def test_a_part_ends_with_the_script(parts, tmp_path):
+    """As under an outer limit, which sends SIGTERM."""
+    child = tmp_path / "child"
+    words = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import card\n"
+        "card.__file__ = sys.argv[2]\n"
+        "card.PARTS = [card.Part('stay', ('stay',), 60.0)]\n"
+        "card.machine, card.torch_runs = str, lambda: True\n"
+        "sys.argv = ['card.py', '--out', sys.argv[3]]\n"
+        "card.main()\n"
+    )
+    file = tmp_path / "stays.py"
+    file.write_text(
+        "import os, pathlib, time\n"
+        f"pathlib.Path({str(child)!r}).write_text(str(os.getpid()))\n"
+        "time.sleep(600)\n"
+    )
+    arguments = [str(ROOT / "benchmarks"), str(file), str(tmp_path / "card.json")]
+    script = subprocess.Popen([sys.executable, "-c", words, *arguments])
+    patience = time.monotonic() + 60
+    while not (child.exists() and child.read_text()) and time.monotonic() < patience:
+        time.sleep(0.05)
+    script.terminate()
+    assert script.wait(60) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(child.read_text()), 0)

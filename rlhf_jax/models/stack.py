@@ -423,8 +423,8 @@ class Transformer(nn.Module):
         length = tokens.shape[1]
         starts = jnp.argmax(attention_mask != 0, axis=1)
         seen = partial(attention.seen_of_lengths, attention_mask)
-        mask = seen().documents
-        rows = (fused.turned(tokens, starts), mask != 0, attention.positions(mask), seen)
+        real = fused.turned(attention_mask, starts) != 0
+        rows = (fused.turned(tokens, starts), real, attention.positions(real), seen)
         if isinstance(columns, Array):
             return self.hidden_at(*rows, (columns - starts[:, None]) % length)
         states = self.hidden_at(*rows, None)
