@@ -450,7 +450,11 @@ def main() -> None:
     parts = REHEARSED if args.rehearse else PARTS
     if args.rehearse:
         os.environ["JAX_PLATFORMS"] = "cpu"
-    only = args.only.split(",") if args.only else [part.arguments[0] for part in parts]
+    names = [part.arguments[0] for part in parts]
+    only = args.only.split(",") if args.only else names
+    if unknown := set(only) - set(names):
+        known = ", ".join(dict.fromkeys(names))
+        parser.error(f"no part begins with {', '.join(sorted(unknown))}; there are {known}")
     wanted = [part for part in parts if part.arguments[0] in only]
     command = " ".join(["python benchmarks/card.py", *sys.argv[1:]])
     # An outer limit ends this script so: a part that stayed would hold the card's memory.

@@ -243,6 +243,15 @@ def test_a_failed_part_fails_the_script_after_the_table_is_written(parts, tmp_pa
     assert json.loads(out.read_text())["rows"][0]["variant"] == "good"
 
 
+def test_a_part_that_there_is_not_is_refused(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "card.json"
+    monkeypatch.setattr(card.sys, "argv", ["card.py", "--out", str(out), "--only", "right,benhc"])
+    with pytest.raises(SystemExit):
+        card.main()
+    assert "benhc; there are peaks, right" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_the_table_is_written_after_each_part(parts, tmp_path, monkeypatch):
     monkeypatch.setattr(card, "machine", lambda: "a card")
     monkeypatch.setattr(card, "PARTS", [parts["good"], parts["stay"]])
