@@ -34,10 +34,9 @@ class Policy:
     """By which it divides logits; None: unknown."""
     prompt_length: int = flax.struct.field(pytree_node=False, default=0)
     """Log-probabilities of columns before this one are not computed, and 0."""
-    response_length: int | None = flax.struct.field(pytree_node=False, default=None)
-    """In place of ``prompt_length``: the last columns alone are computed."""
     takes_response_mask: bool = flax.struct.field(pytree_node=False, default=False)
-    """As a keyword: columns outside it may be left out, and are 0 then."""
+    """As a keyword, [B, n] of the last n columns: columns before or outside it may be left out, and
+    are 0 then."""
     takes_statistic: bool = flax.struct.field(pytree_node=False, default=False)
     """As a keyword, with its ``arrays``: a function of the logits; see ``evaluate``."""
 
@@ -77,7 +76,8 @@ class Policy:
         if support is not None:
             more["support"] = support
         if self.takes_response_mask:
-            more["response_mask"] = batch.response_mask
+            first = getattr(batch, "prompt_length", None) or 0
+            more["response_mask"] = batch.response_mask[:, first:]
         output = self(batch.tokens, batch.attention_mask, key, **more)
         chex.assert_equal_shape([batch.tokens, *jax.tree.leaves(output._replace(statistic=None))])
         chex.assert_equal_shape_prefix([batch.tokens, *jax.tree.leaves(output.statistic)], 2)
@@ -102,8 +102,6 @@ class Policy:
                 f"{temperature}: give both the same"
             )
         first = self.prompt_length
-        if self.response_length is not None:
-            first = rollout.tokens.shape[-1] - self.response_length
         prompt_length = getattr(rollout, "prompt_length", None)
         if prompt_length is not None:
             is_left_out = first > prompt_length

@@ -50,6 +50,32 @@ def test_norms_and_products(platform, products):
     assert len(results) == sum(products.values())
 
 
+@pytest.mark.parametrize("trained", ["", "scale", "kernel", "scale bias kernel"])
+def test_rows_that_are_mapped_meet_weights_that_are_the_same_on_all_devices(trained):
+    """Frozen ones beside adapters, for example: the gradient rules are asked for one gradient of
+    each, and JAX adds up those of weights over the devices.
+    """
+    keys = jax.random.split(jax.random.key(0), len(SHAPES))
+    arrays = {n: jax.random.normal(k, s) for k, (n, s) in zip(keys, SHAPES.items(), strict=True)}
+    wanted = {"x", *trained.split()}
+
+    def gradients(arrays):
+        frozen = {name: x for name, x in arrays.items() if name not in wanted}
+        trained = {name: x for name, x in arrays.items() if name in wanted}
+        loss = lambda trained: values_and_gradients(**frozen, **trained)[0]  # noqa: E731
+        return jax.grad(loss)(trained)
+
+    mesh = sharding.make_mesh(devices=jax.devices()[:2])
+    rows = jax.sharding.PartitionSpec("data")
+    whole = jax.sharding.PartitionSpec()
+    specs = {name: rows if name == "x" else whole for name in arrays}
+    of_wanted = {name: specs[name] for name in wanted}
+    mapped = jax.shard_map(gradients, mesh=mesh, in_specs=(specs,), out_specs=of_wanted)
+    found, expected = jax.jit(mapped)(arrays), jax.jit(gradients)(arrays)
+    for name in wanted:
+        assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
 @pytest.mark.parametrize(("platform", "rows"), [("cpu", 2), ("cuda", 1), ("tpu", 1)])
 def test_the_values_of_one_query(platform, rows):
     shapes = ((3, 2, 1, 7), (3, 2, 7, 4))

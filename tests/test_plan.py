@@ -241,6 +241,12 @@ LARGE = "does not fit. What helps most:"
             {"a": 3},
             f"needs 3 GiB at the peak; each device has 2 GiB: {LARGE} {plan.OTHERWISE}",
         ),
+        (  # one that cannot run is no advice
+            2,
+            0,
+            {"a": ValueError(), "b": UserError("c"), "d": 1, "e": TypeError()},
+            f"needs 3 GiB at the peak; each device has 2 GiB: {LARGE} d, needs 1 GiB",
+        ),
         # Four devices of this machine, each with a fourth of it, and the process.
         (None, 3.25, {}, "needs 12.5 GiB at the peak; this machine has 13 GiB free: fits"),
         (
@@ -258,6 +264,8 @@ def test_the_verdict_is_one_size_against_another(limit, free, peaks, verdict, mo
     monkeypatch.setattr(plan.devices, "free_memory", lambda: free * GIB)
 
     def planned(peak, *_):
+        if isinstance(peak, Exception):
+            raise peak
         return plan.Plan({"parameters": peak * GIB}, {"learn": 0}, {})
 
     monkeypatch.setattr(plan, "plan", planned)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from builders import initial_params
 from jax.tree_util import Partial
-from numpy.testing import assert_array_equal
+from numpy.testing import assert_allclose, assert_array_equal
 
 from rlhf_jax import grpo, models, ops, policies
 from rlhf_jax.policies import Policy
@@ -141,24 +141,28 @@ def test_a_partial_keeps_its_keywords_and_its_arguments():
     assert policies.find_policy(partial(policy.bind(1), 2))(3) == ((1, 2, 3), 1)
 
 
-def test_the_last_columns_alone_are_computed_in_rows_of_any_width():
-    """``response_length`` counts from the end what ``prompt_length`` counts from the start."""
+@pytest.mark.parametrize("jits", [False, True])
+def test_a_policy_reads_from_the_batch_where_its_responses_begin(jits):
+    """Of a rollout that was cut to fewer response slots too, and never before its own
+    ``prompt_length``.
+    """
     config = models.GPT2Config(7, max_length=8, num_layers=1, num_heads=1, hidden_size=4)
     model = models.build(config)
     params = model.init(jax.random.key(0))
-    policy = models.policy_fn(model, response_length=2)
-    for width in (3, 5):
-        tokens = jnp.arange(2 * width).reshape(2, width) % 7
-        mask = jnp.ones_like(tokens)
-        found = policy(params, tokens, mask, None)
-        expected = models.policy_fn(model, prompt_length=width - 2)(params, tokens, mask, None)
-        jax.tree.map(assert_array_equal, found, expected)
-        assert_array_equal(found.log_probs[:, : width - 2], 0)
-        early = Rollout(tokens, mask, mask, jnp.zeros(tokens.shape))
-        with pytest.raises(ValueError, match=f"prompt_length {width - 2}"):
-            policy.bind(params).evaluate(early)
-    with pytest.raises(ValueError, match="response_length 2 is more than 1 columns"):
-        policy(params, jnp.zeros((2, 1), int), jnp.ones((2, 1), int), None)
+    tokens = jnp.arange(12).reshape(2, 6) % 7
+    mask = jnp.ones_like(tokens)
+    response = mask.at[:, :3].set(0)
+    for width in (6, 5, 3):
+        rows = [x[:, :width] for x in (tokens, mask, response, jnp.zeros(tokens.shape))]
+        for own, begins in ((0, 3), (0, None), (2, 3), (2, None)):
+            policy = models.policy_fn(model, prompt_length=own)
+            fn = jax.jit(policy) if jits else policy
+            found = ops.evaluate(fn, params, Rollout(*rows, prompt_length=begins))
+            first = begins or own
+            expected = models.policy_fn(model, prompt_length=first)(params, *rows[:2], None)
+            jax.tree.map(partial(assert_allclose, atol=1e-6), found, expected)
+            assert_array_equal(found.log_probs[:, : max(first, 1)], 0)
+            assert np.all(found.log_probs[:, max(first, 1) :] != 0)
 
 
 def test_a_plain_function_is_said_once_to_be_unchecked(caplog):

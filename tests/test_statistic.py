@@ -57,7 +57,6 @@ def small():
 
 POLICIES = {
     "whole": lambda model, params: models.policy_fn(model, 0.7, 3),
-    "last columns": lambda model, params: models.policy_fn(model, 0.7, response_length=5),
     "in chunks": lambda model, params: models.policy_fn(model, 0.7, 3),
     "shared prompts": lambda model, params: models.policy_fn(model, 0.7, 3, group_size=2),
     "rows apart": lambda model, params: ops.by_rows(models.policy_fn(model, 0.7, 3), 2),

@@ -139,6 +139,7 @@ def converse(
         stopped=np.zeros(len(rows), bool),
         row_ids=jnp.int32(rows),
         extras={},
+        prompt_length=tokens.shape[1] - slots,
     )
     own_data = [encoded.rows[row] for row in processes.own_rows(rows)]
     # A text is one message by the user.

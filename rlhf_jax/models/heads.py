@@ -93,7 +93,6 @@ def policy_fn(
     value_model: Model | None = None,
     *,
     teacher: Teacher | None = None,
-    response_length: int | None = None,
     group_size: int = 1,
     num_answers: int = 0,
     one_text: bool = False,
@@ -103,15 +102,14 @@ def policy_fn(
     Args:
         model: the policy.
         temperature: logits are divided by it, as in sampling; above 0. It may be traced.
-        prompt_length: columns before it are not computed and stay 0, as does column 0.
+        prompt_length: columns before it are not computed and stay 0, as does column 0. Of a batch
+            with a ``prompt_length`` of its own, such as a rollout, ``ops.evaluate`` needs none.
         value_model: a whole model for the values; params are then {"policy": ..., "value": ...},
             the latter with its own "value" head. Without it values come from the network's own
             head (``Model.values``) or from ``params["value"]``; they are None if both are missing.
         teacher: a model of the same tokens, whose parameters are a fifth argument of the result;
             without that argument it is not called. Of vocabularies of different sizes (padded ones)
             the first tokens are compared, as many as both have.
-        response_length: the last columns alone are computed, in rows of any width; in place of
-            ``prompt_length``.
         group_size: G adjacent rows have the same columns before these, tokens and mask, which all
             models compute once (``models.kernels.shared``); the number of rows is a multiple of G.
             The results are the same up to rounding. With dropout each row is computed by itself.
@@ -128,14 +126,13 @@ def policy_fn(
         ``teacher_log_probs`` and ``divergence``, in the same chunks. With the keyword ``support``
         [B, T, K] all of these but the values are of the distributions among its ids; a
         ``statistic`` (``ops.evaluate``) is of the whole vocabulary, in the same chunks. With the
-        keyword ``response_mask`` [B, T] columns outside it may be left out: logits of many columns
-        are computed in chunks, on CPUs those with columns of responses alone.
+        keyword ``response_mask`` [B, n], of the last n columns, those before it are not computed,
+        and others outside it may be left out: logits of many columns are computed in chunks, on
+        CPUs those with columns of responses alone.
 
     Raises:
-        ValueError: if ``temperature`` is not positive, or rows share no column.
+        ValueError: if ``temperature`` is not positive; from the result, if rows share no column.
     """
-    if response_length is None:
-        shared_by(group_size=group_size, prompt_length=prompt_length, num_answers=num_answers)
     if not isinstance(temperature, jax.core.Tracer) and not temperature > 0:
         raise ValueError(
             f"temperature must be positive, got {temperature!r}; greedy choices have no "
@@ -155,12 +152,11 @@ def policy_fn(
         arrays: tuple[Array, ...] = (),
     ) -> PolicyOutput:
         width = tokens.shape[1]
-        prompt = prompt_length if response_length is None else width - response_length
+        before_responses = 0 if response_mask is None else width - response_mask.shape[1]
+        prompt = max(prompt_length, before_responses)
         first = max(prompt, 1)
         if first > width:
             raise ValueError(f"prompt_length {prompt} is longer than the {width} columns")
-        if prompt < 0:
-            raise ValueError(f"response_length {response_length} is more than {width} columns")
         shared = shared_by(group_size=group_size, prompt_length=prompt, num_answers=num_answers)
         states = partial(_states, shared, one_text)
         policy_key, value_key = (None, None) if key is None else jax.random.split(key)
@@ -184,7 +180,9 @@ def policy_fn(
             columns = jax.tree.unflatten(layout, parts)
             return _of_tokens(model, body, temperature, compare, statistic, *columns)
 
-        read = None if response_mask is None else response_mask[:, first:] != 0
+        read = None
+        if response_mask is not None:
+            read = response_mask[:, first - before_responses :] != 0
         output = _by_chunks(of_chunk, model.config.vocab_size, *present, read=read)
         critic = params
         if value_model is not None:
@@ -199,7 +197,6 @@ def policy_fn(
         policy,
         temperature=known,
         prompt_length=prompt_length,
-        response_length=response_length,
         takes_response_mask=True,
         takes_statistic=True,
     )

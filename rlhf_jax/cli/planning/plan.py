@@ -251,7 +251,10 @@ def best_option(config: RunConfig, name: str, length: int | None, peak: int) -> 
     """The flag that lowers the peak most, and the peak with it."""
     helps = OTHERWISE
     for flag, other in options(Case(config, name)).items():
-        lower = plan(other, name, length).peak
+        try:
+            lower = plan(other, name, length).peak
+        except (UserError, TypeError, ValueError):
+            continue  # what no run could do is no advice
         if lower < peak:
             helps, peak = flag, lower
     return helps, peak

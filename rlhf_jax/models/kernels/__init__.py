@@ -40,9 +40,27 @@ def weighted_sum(weights: Array, value: Array) -> Array:
     return platform_dependent(weights, value, cpu=cpu.weighted_sum_of_one, default=cpu.weighted_sum)
 
 
-@jax.custom_vjp
+def alike(*arrays: Any) -> tuple[Any, ...]:
+    """The arrays (None stays None), each varying over every axis of ``shard_map`` over which one of
+    them does. A gradient rule of our own may then return one gradient for each, which JAX sums over
+    the devices where the array is the same on all.
+    """
+    axes = frozenset[str]().union(*(jax.typeof(x).mat.varying for x in arrays if x is not None))
+
+    def varying(x: Array | None) -> Array | None:
+        missing = () if x is None else tuple(axes - jax.typeof(x).mat.varying)
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return tuple(map(varying, arrays))
+
+
 def product(x: Array, kernel: Array) -> Array:
     """x [..., D] @ kernel [D, F]."""
+    return _product(*alike(x, kernel))
+
+
+@jax.custom_vjp
+def _product(x: Array, kernel: Array) -> Array:
     return x @ kernel
 
 
@@ -82,4 +100,4 @@ def _product_backward(saved: Saved, grad: Array) -> Saved:
     return x_grad, kernel_grad
 
 
-product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
+_product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)

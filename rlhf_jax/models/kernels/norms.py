@@ -8,19 +8,24 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from rlhf_jax.models.kernels import alike
 from rlhf_jax.models.kernels import mean as mean_of
 
 # The input, its mean (None for RMSNorm), 1 / its standard deviation, and the scale.
 Saved = tuple[Array, Array | None, Array, Array]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def norm(x: Array, scale: Array, bias: Array | None, epsilon: float) -> Array:
     """(x - mean) / sqrt(variance + epsilon) * scale + bias over the last axis.
 
     This is layer normalization (Ba et al. 2016). Without a bias no mean is subtracted: RMSNorm
     (Zhang and Sennrich 2019). It is computed in float32; the result has the dtype of x.
     """
+    return _norm(*alike(x, scale, bias), epsilon)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _norm(x: Array, scale: Array, bias: Array | None, epsilon: float) -> Array:
     return _forward(x, scale, bias, epsilon)[0]
 
 
@@ -67,4 +72,4 @@ def _backward(epsilon: float, saved: Saved, grad: Array) -> tuple[Array, Array, 
     return x_grad.astype(x.dtype), scale_grad, bias_grad
 
 
-norm.defvjp(_forward, _backward)
+_norm.defvjp(_forward, _backward)

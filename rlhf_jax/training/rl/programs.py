@@ -118,7 +118,6 @@ def networks_of(
         return models.policy_fn(
             model,
             settings.temperature,
-            response_length=settings.max_new_tokens,
             value_model=value_model,
             teacher=taught_by,
             group_size=method.shared_by,

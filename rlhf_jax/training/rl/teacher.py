@@ -91,9 +91,7 @@ def log_ratio(
     def score(params: Params, rollout: Rollout) -> Scores:
         log_probs = rollout.teacher_log_probs
         if teacher is not None:
-            prompt_length = rollout.tokens.shape[1] - settings.max_new_tokens
-            how = (settings.temperature, prompt_length)
-            policy_fn = models.policy_fn(teacher.model, *how, one_text=True)
+            policy_fn = models.policy_fn(teacher.model, settings.temperature, one_text=True)
             by_rows = ops.by_rows(policy_fn, score_rows)
             log_probs = ops.evaluate(by_rows, params, rollout).log_probs
         assert log_probs is not None
