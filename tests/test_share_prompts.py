@@ -8,18 +8,19 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import yaml
 from builders import letters_run, metric_rows, run_grpo, with_rl
 
 from rlhf_jax import grpo, iteration, minibatch_epochs, ops, ppo, rloo
-from rlhf_jax.algorithms import step
+from rlhf_jax.algorithms import policy, step
 from rlhf_jax.algorithms.lengths import sort_rows
 from rlhf_jax.config import Compute, RLStage
 from rlhf_jax.errors import UserError
 from rlhf_jax.training.common.layout import Layout
 from rlhf_jax.training.rl.sharing import Answers, decided, saved
-from rlhf_jax.types import Rollout, TrainState
+from rlhf_jax.types import Mean, Rollout, TrainState
 
 
 def answers(own, name="grpo", prompt=8, takes_groups=True, devices=1, share="auto"):
@@ -122,6 +123,43 @@ def test_minibatches_hold_whole_groups():
     assert (rows[:, :4] < 12).all()  # one group of each block
     assert (rows[:, 4:] >= 12).all()
     assert len({tuple(batch) for batch in rows}) == 6  # another order in each epoch
+
+
+@pytest.mark.parametrize(
+    ("rows", "whole"), [(16, True), (12, False)], ids=["groups divide", "groups do not divide"]
+)
+def test_sharing_a_prompt_does_not_decide_which_rows_meet(rows, whole):
+    """In two minibatches of answers to four, or three, prompts: policy gradients of one parameter
+    for each row, whose signs say which rows a step has read.
+    """
+    config = grpo.Config(group_size=4, num_minibatches=2, aggregate="sum", kl_loss_coef=0.0)
+    ones = jnp.ones((rows, 3), jnp.int32)
+    scores = jnp.tile(jnp.array([1.0, 0.0]), rows // 2)
+    batch = Rollout(ones, ones, ones.at[:, 0].set(0), jnp.zeros((rows, 3)), scores=scores)
+    batch = batch.replace(row_ids=jnp.arange(rows), prompt_length=1)
+    seen = []
+
+    def loss(params, part, key, *, policy_fn, config):
+        jax.debug.callback(lambda ids: seen.append(sorted(ids.tolist())), part.row_ids)
+        return Mean.of(params["w"]), {}
+
+    def read(group_size):
+        seen.clear()
+        update = policy.updater(grpo.prepare, loss)
+        state = TrainState.create({"w": jnp.zeros(())}, optax.sgd(0.1))
+        shared = batch.replace(group_size=group_size)
+        how = {"policy_fn": None, "optimizer": optax.sgd(0.1), "config": config}
+        jax.block_until_ready(update(state, shared, jax.random.key(0), **how)[0].params)
+        jax.effects_barrier()
+        return [*seen]
+
+    found = read(group_size=1)
+    assert len(found) == 2
+    assert sorted(found[0] + found[1]) == list(range(rows))
+    groups = [{row // 4 for row in step} for step in found]
+    assert groups[0].isdisjoint(groups[1]) is whole
+    if whole:
+        assert read(group_size=4) == found
 
 
 def test_groups_that_minibatches_would_divide_are_refused():

@@ -4,6 +4,7 @@ gradients and runs of answers that are computed by themselves.
 
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from rlhf_jax import dpo, grpo, models, ops, reward_model, sharding, training
 from rlhf_jax.cli import verify
-from rlhf_jax.config import Compute, Text
+from rlhf_jax.config import Compute, DPOStage, Text
 from rlhf_jax.data import batches, encoding
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import characters
@@ -38,7 +39,9 @@ from rlhf_jax.models import attention, lora
 from rlhf_jax.models.kernels import shared
 from rlhf_jax.training.common import layout
 from rlhf_jax.training.supervised import batching, scoring
+from rlhf_jax.training.supervised import dpo as dpo_run
 from rlhf_jax.training.supervised.batching import Batching
+from rlhf_jax.training.supervised.job import Job
 from rlhf_jax.types import Mean
 
 TOKENIZER = characters("abcdefgh")  # ids: a..h are 2..9; 1 ends a response
@@ -254,8 +257,49 @@ def test_packing_is_compared_with_packing():
     plan = batches.Plan(sharing(PAIRS).longest, 4, jax.random.key(0), 1)
     packed = batches.packing(sharing(PAIRS), np.arange(4), plan, 1)
     assert (packed.width, packed.columns) == (9, 36)
-    assert batches.columns_of(PAIRS, np.arange(4), plan) == 4 * 2 * 7
-    assert batches.columns_of(sharing(PAIRS), np.arange(4), plan) == 4 * 9
+    assert batches.widths(PAIRS, np.arange(4), plan, 1) == [7]
+    assert batches.widths(sharing(PAIRS), np.arange(4), plan, 1) == [9]
+
+
+@pytest.mark.parametrize("layers", [1, 8])
+@pytest.mark.parametrize("pack", [False, True])
+def test_the_form_of_batches_does_not_decide_which_rows_meet(pack, layers):
+    """Twenty pairs, of which the row with the longest text is seldom the longest row."""
+    random = np.random.default_rng(0)
+    sizes = random.integers(1, 60, (20, 3))
+    texts = [Row("a" * p, ("b" * m, "c" * n), "f") for p, m, n in sizes.tolist()]
+    encoded = encoding.encode_texts(texts, TOKENIZER)
+    assert np.any(np.argsort(encoded.longest) != np.argsort(sharing(encoded).longest))
+
+    def formed(texts):
+        return batching.form_batches(
+            texts,
+            task=dpo_run.TASK,
+            settings=DPOStage(batch_size=4),
+            text=Text(pack=pack, bucket_multiple=8),
+            num_parts=1,
+            rows=np.arange(20),
+            key=jax.random.key(0),
+            layers=layers,
+        )
+
+    alone, together = formed(encoded), formed(sharing(encoded))
+    for step in range(10):
+        rows = alone.plan.rows(step)
+        assert_array_equal(rows, together.plan.rows(step))
+        for each in (alone, together):
+            learned = np.sum(each.collate(each.encoded, rows).response_mask)
+            assert learned == np.sum(encoded.response_lengths[rows])
+    for each in (alone, together):
+        job = SimpleNamespace(
+            plan=each.plan,
+            encoded=each.encoded,
+            source=SimpleNamespace(text=Text(pack=pack)),
+            step_rows=lambda step, each=each: each.plan.rows(step - 1),
+            batch=lambda rows, each=each: each.collate(each.encoded, rows),
+        )
+        largest = max(job.batch(each.plan.rows(step)).tokens.size for step in range(5))
+        assert Job.largest_batch(job).tokens.size == largest
 
 
 @pytest.mark.parametrize("members", [1, slow(2)])

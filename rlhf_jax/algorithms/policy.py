@@ -404,9 +404,13 @@ def updater(
                     "constants by their definition; use another surrogate and kl_loss_coef 0"
                 )
             bound = ops.differentiable(bound)
-        group_size = rollout.group_size
-        if getattr(config, "whole_groups", False):
-            group_size = config.group_size
+        answers = getattr(config, "group_size", 1)
+        is_whole = getattr(config, "whole_groups", False)
+        kept_together = answers if is_whole else rollout.group_size
+        # A minibatch has whole groups where these divide, whether or not they share their prompts:
+        # how a rollout is computed must not decide which rows meet.
+        num_rows = len(prepared.tokens) * ops.psum(1, axis_name)
+        divides = num_rows % (config.shuffle_blocks * config.num_minibatches * answers) == 0
 
         def step(state: State, minibatch: Rollout, key: Array) -> tuple[State, StepMetrics]:
             return gradient_step(
@@ -419,7 +423,7 @@ def updater(
                 by_length=can_cut(minibatch),
                 axis_name=axis_name,
                 minibatch_sharding=minibatch_sharding,
-                group_size=group_size,
+                group_size=kept_together,
             )
 
         state, metrics = minibatch_epochs(
@@ -432,7 +436,7 @@ def updater(
             shuffle_blocks=config.shuffle_blocks,
             axis_name=axis_name,
             minibatch_sharding=minibatch_sharding,
-            group_size=group_size,
+            group_size=answers if divides else kept_together,
         )
         if advance is not None:
             advanced = advance(state, prepared, config=config, axis_name=axis_name)

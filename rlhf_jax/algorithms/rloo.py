@@ -62,8 +62,8 @@ def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName = None) -> 
 
     The reward of a row is the sum of ``rewards`` over its response where they are given, else
     ``scores``; dense rewards keep their places (``policy.with_group_advantages``). Missing rows,
-    and a group with a single answer, get 0. Minibatches may split groups afterwards. A rollout that
-    has advantages is a ValueError: they would not be used.
+    and a group with a single answer, get 0. A rollout that has advantages is a ValueError: they
+    would not be used.
 
     Args:
       rollout: rows of one prompt are adjacent, ``group_size`` of them.

@@ -117,12 +117,6 @@ class Plan:
         epoch, index = divmod(step, self.steps_per_epoch)
         return self._recent(epoch)[index]
 
-    def extent(self, step: int) -> tuple[int, int]:
-        """Length of the longest text of batch ``step``, rounded up, and the sum of all lengths."""
-        lengths = self.lengths[_present(self.rows(step))]
-        longest = int(_round_up(lengths.max(), self.bucket_multiple))
-        return longest, int(lengths.sum())
-
 
 def prompt_rows(
     n: int,
@@ -270,13 +264,11 @@ class Packing(NamedTuple):
     columns: int  # of all packed rows in that epoch
 
 
-def columns_of(data: EncodedTexts, rows: np.ndarray, plan: Plan) -> int:
-    """The columns of all rows of padded arrays in the first epoch of a plan of these ``rows``."""
-    widths = 0
-    for step in range(plan.steps_per_epoch):
-        present = rows[_present(plan.rows(step))]
-        widths += width_of(data, present, bucket_multiple=plan.bucket_multiple)
-    return plan.batch_size * data.rows_of_arrays * widths
+def widths(data: EncodedTexts, rows: np.ndarray, plan: Plan, bucket_multiple: int) -> np.ndarray:
+    """[steps] the columns of the padded batches in the first epoch of a plan of these ``rows``."""
+    steps = range(plan.steps_per_epoch)
+    batches = (rows[_present(plan.rows(step))] for step in steps)
+    return np.array([width_of(data, own, bucket_multiple=bucket_multiple) for own in batches])
 
 
 def packing(
@@ -296,7 +288,8 @@ def packing(
         needed.append(len({row for _, row, _ in places}))
     multiple *= max(1, max(needed) // (8 * multiple))
     num_tokens = totals[rows].sum()
-    alone = columns_of(data, rows, plan)
+    in_rows = plan.batch_size * data.rows_of_arrays
+    alone = in_rows * int(widths(data, rows, plan, plan.bucket_multiple).sum())
     columns = width * int(_round_up(np.array(needed), multiple).sum())
     return Packing(
         mixed, width, multiple, 1 - num_tokens / alone, 1 - num_tokens / columns, columns

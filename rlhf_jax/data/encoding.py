@@ -95,11 +95,16 @@ class EncodedTexts:
         return self.lengths - self.starts
 
     @cached_property
+    def whole(self) -> np.ndarray:
+        """[N] int64 tokens of a row: its prompt and all its responses. By these rows meet in
+        batches, whatever form the batches have.
+        """
+        return self.starts.max(axis=1) + self.response_lengths.sum(axis=1)
+
+    @cached_property
     def totals(self) -> np.ndarray:
         """[N] int64 tokens of a row with all its texts, as batches hold them."""
-        if not self.shares_prompts:
-            return self.lengths.sum(axis=1)
-        return self.starts.max(axis=1) + self.response_lengths.sum(axis=1)
+        return self.whole if self.shares_prompts else self.lengths.sum(axis=1)
 
     @cached_property
     def shortest(self) -> np.ndarray:

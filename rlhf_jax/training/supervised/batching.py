@@ -51,17 +51,18 @@ def form_batches(
         num_parts: into so many equal parts the rows of a packed batch divide.
         layers: of the model.
     """
-    longest = encoded.longest
     size = settings.batch_size
-    multiple = initial.bucket_multiple(
-        text, layers=layers, longest=int(longest.max()), num_steps=-(-len(rows) // size)
-    )
+    how: Any = {"layers": layers, "num_steps": -(-len(rows) // size)}
+    multiple = initial.bucket_multiple(text, longest=int(encoded.longest.max()), **how)
     if not text.pack or task.pack is None:
-        plan = Plan(longest[rows], size, key, multiple)
-        columns = batches.columns_of(encoded, rows, plan)
+        # Which rows meet depends on the data alone, not on the form of the arrays.
+        apart = initial.bucket_multiple(text, longest=int(encoded.whole.max()), **how)
+        plan = Plan(encoded.whole[rows], size, key, apart)
+        columns = size * encoded.rows_of_arrays
+        columns *= int(batches.widths(encoded, rows, plan, multiple).sum())
         collate = partial(task.collate, bucket_multiple=multiple)
         return Batching(encoded, plan, collate, multiple, columns)
-    plan = Plan(longest[rows], size, key, text.bucket_multiple)
+    plan = Plan(encoded.whole[rows], size, key, text.bucket_multiple)
     packed = batches.packing(encoded, rows, plan, num_parts)
     line = (
         f"text.pack: {packed.padding:.0%} of rows [{packed.width}] are padding, "

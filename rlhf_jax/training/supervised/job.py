@@ -94,8 +94,15 @@ class Job:
 
     def largest_batch(self) -> Any:
         """The training batch of the first epoch with the most tokens, padding included."""
-        steps = heapq.nlargest(8, range(self.plan.steps_per_epoch), self.plan.extent)
-        candidates = [self.batch(self.step_rows(step + 1)) for step in steps]
+
+        def extent(step: int) -> tuple[int, int]:
+            rows = self.step_rows(step)
+            own = rows[rows != ABSENT]
+            longest = 0 if self.source.text.pack else int(self.encoded.longest[own].max(initial=0))
+            return longest, int(self.encoded.totals[own].sum())
+
+        steps = heapq.nlargest(8, range(1, self.plan.steps_per_epoch + 1), extent)
+        candidates = [self.batch(self.step_rows(step)) for step in steps]
         return max(candidates, key=lambda batch: batch.tokens.size)
 
     def sources(self, rows: np.ndarray) -> list[str]:
