@@ -1,5 +1,5 @@
-"""A way to compute changes nothing: under each setting of ``compute`` the same rows meet in a batch,
-and losses and gradients are equal up to rounding.
+"""A way to compute changes nothing: under each setting of ``compute`` the same rows meet in a
+batch, and losses and gradients are equal up to rounding.
 """
 
 import dataclasses

@@ -8,20 +8,22 @@ import json
 import operator
 import os
 import re
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import arithmetic
+import forks
 import numpy as np
 import optax
 import pytest
 import sentiment
 import yaml
-from builders import ROOT, Checker, initial_params, slow, soak
+from builders import ROOT, Checker, initial_params, metric_rows, soak
 
-from rlhf_jax import models, rewards, sharding, training
-from rlhf_jax.algorithms import grpo, ppo, rloo, vpg
+from rlhf_jax import models, sharding, training
+from rlhf_jax.algorithms import grpo, ppo
 from rlhf_jax.cli.stages import find_method
 from rlhf_jax.config import ALGORITHMS, DPOStage, RunConfig, model_source, parse
 from rlhf_jax.data import batches, encoding
@@ -29,7 +31,6 @@ from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.graders import verifiable
-from rlhf_jax.training.common import initial as start
 from rlhf_jax.training.common.layout import Layout
 from rlhf_jax.training.common.opening import OpenRun
 from rlhf_jax.training.supervised.job import Job
@@ -115,8 +116,6 @@ SAYS = {
     " rate=None kl_coef=None",
     "xpo": "xpo alpha=1e-05 kind=sigmoid beta=0.1 group_size=2 rate=5e-07 kl_coef=None",
 }
-# One of each kind: what other presets change is the settings that SAYS tells.
-STARTED = ("bco", "dapo", "kto", "nash_md", "remax", "simpo", "tr_dpo", "vapo")
 SMALL = (
     "--network.hidden-size 8 --network.num-layers 1 --network.num-heads 1 --network.max-length 128 "
 )
@@ -124,9 +123,6 @@ SMALL += (
     "--tokenizer.vocab-size 300 --text.bucket-multiple 128 --device None --rl.num-iterations 1 "
 )
 SMALL += "--rl.max-new-tokens 2 --rl.validation-fraction 0 --reward count:e"
-
-
-TOLD = {"self_distill": rewards.teacher_prompts(lambda topic: [4, 5], "topic")}
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -147,7 +143,7 @@ def test_a_preset_is_its_paper_and_combines_with_another_config(name):
     comment = text.replace("\n# ", " ")
     assert re.search(r"arXiv \d{4}\.\d{5}", comment)
     stage = "reward-model" if section == "reward_model" else section
-    command = "python told.py" if name in TOLD else f"rlhf-jax {stage}"
+    command = "python told.py" if name == "self_distill" else f"rlhf-jax {stage}"
     assert f"{command} --config tiny {name}" in comment
 
 
@@ -187,63 +183,52 @@ def test_a_run_scores_a_reference_where_the_loss_reads_one(kind):
     assert (task.prepare(job).reference is None) == (kind != "sigmoid")
 
 
-PARTS = {
-    "gdpo": [
-        *("--reward", "count:e", "length", "--gdpo.components", "count:e", "length"),
-        *("--gdpo.weights", "1", "-1"),
-    ],
-    "nash_md": ["--nash-md.preference", "scores"],
-    "spo": ["--reward", "count:e*0.01"],
-    "curriculum": ["--reward", "count:e*0.01"],
-    "safe_rlhf": ["--safe-rlhf.cost", "length", "--reward", "count:e", "length*0"],
+# What the commands in the heads of files read, and how small their runs are made.
+MADE = {
+    "mine.py": "def prefer(prompts, first, second): return [0.5] * len(first)",
+    "told.py": """
+from rlhf_jax import cli, rewards
+from rlhf_jax.algorithms import self_distill
+
+reward = rewards.teacher_prompts(lambda topic: [4, 5], "topic")
+cli.run_script(lambda: cli.train_algorithm(self_distill, reward=reward))
+""",
+    "solutions.jsonl": "\n".join(
+        json.dumps({"prompt": f"Add {i}.", "steps": ["It is", f"{i}."], "labels": [True, i > 9]})
+        for i in range(32)
+    ),
 }
+FEW = "--rl.num-iterations 3 --rl.max-new-tokens 2 --rl.validation-prompts 4"
+STEPS = {name: f"--{name.replace('_', '-')}.max-steps 2" for name in TASKS}
+HEADS = sorted(
+    path.relative_to(ROOT / "configs").as_posix()
+    for folder in ("algorithms", "defaults")
+    for path in (ROOT / "configs" / folder).glob("*.yaml")
+) + ["tiny.yaml"]
 
 
-def flags(name, section, folder):
-    argv = [
-        "--config",
-        "tiny",
-        name,
-        *SMALL.split(),
-        "--data",
-        folder,
-        "--output-dir",
-        f"{folder}/{name}",
-        *PARTS.get(name, []),
-    ]
-    if section in ("dpo", "kto"):
-        return [*argv, *f"--{section}.batch-size 64 --{section}.validation-fraction 0".split()]
-    many = (
-        [f"--{section}.group-size", "4"]
-        if (section in ("rloo", "grpo") or name == "vapo")
-        and name not in ("reinforce_pp", "flash_reinforce")
-        else []
-    )
-    many += ["--ppo.value-warmup", "0"] if name == "vapo" else []
-    return [*argv, *many, "--rl.batch-size", "64" if name in ("dapo", "vapo") else "16"]
-
-
-@pytest.mark.parametrize("name", [slow(x) if x in STARTED else soak(x) for x in PRESETS])
-def test_a_preset_starts(name, data, monkeypatch):
-    """One step on a tiny model. Methods without a reference neither copy one nor run it."""
-    section = SAYS[name].split()[0]
-    copies = []
-    reference_of = start.reference_of
-    monkeypatch.setattr(
-        start, "reference_of", lambda *args: copies.append(reference_of(*args)) or copies[-1]
-    )
-    method = find_method(section)
-    config = parse(RunConfig, [*flags(name, section, data), "--overwrite"], algorithm=method)
-    module = {"ppo": ppo, "rloo": rloo, "grpo": grpo, "vpg": vpg}.get(section, method)
-    if module is None:
-        last = getattr(training, section).run(config).metrics
-        assert last[f"{section}/loss"] > 0
-        assert len(copies) == (name not in ("simpo", "orpo"))
-    else:
-        last = training.rl.run(config, module, reward=TOLD.get(name)).metrics
-        assert {"policy/loss", "dpo/loss"} & last.keys()
-        assert ("objective/greedy_score" in last) == (name == "remax")
+@pytest.mark.slow
+@pytest.mark.parametrize("file", HEADS)
+def test_the_commands_in_the_head_of_a_file_run(file, tmp_path):
+    """As they are typed, with shorter answers and fewer steps."""
+    for name, text in MADE.items():
+        (tmp_path / name).write_text(text)
+    text = (ROOT / "configs" / file).read_text("utf-8")
+    commands = re.findall(r"^#   (\S.*)$", re.split(r"\n(?!#)", text)[0], re.MULTILINE)
+    assert commands
+    if "runs/sft" in text:
+        commands.insert(0, "rlhf-jax sft --config tiny --output-dir runs/sft")
+    for command in commands:
+        words = shlex.split(command.replace("--config configs/", f"--config {ROOT}/configs/"))
+        short = STEPS.get(words[1].replace("-", "_"), FEW).split()
+        places = [] if "--output-dir" in words else ["--output-dir", "run"]
+        done = forks.run([*words, *short, *places], tmp_path)
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+    rows = metric_rows(tmp_path / "run")
+    last = [row for row in rows if "nonfinite" in row][-1]
     assert last["nonfinite"] == 0
+    assert any(key.endswith("/loss") for key in last)
+    assert ("objective/greedy_score" in last) == file.endswith("/remax.yaml")
 
 
 def code_lines(path):

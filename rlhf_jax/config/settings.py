@@ -106,8 +106,8 @@ class Compute(Section):
     deep models. auto: from eight layers on.
     """
     share_prompts: Switch = "auto"
-    """Compute a prompt once for all its answers, in RL and for comparisons. auto: where that saves a
-    tenth of the token passes and the batch divides into groups."""
+    """Compute a prompt once for all its answers, in RL and for comparisons. auto: where that saves
+    a tenth of the token passes and the batch divides into groups."""
     score_rows: Count | None = None
     """Rows that policy, reference and reward models score at once, over all devices; null: where
     num_microbatches is above 1 those of a microbatch, else the whole batch."""
