@@ -200,11 +200,12 @@ cli.run_script(lambda: cli.train_algorithm(self_distill, reward=reward))
 }
 FEW = "--rl.num-iterations 3 --rl.max-new-tokens 2 --rl.validation-prompts 4"
 STEPS = {name: f"--{name.replace('_', '-')}.max-steps 2" for name in TASKS}
-HEADS = sorted(
-    path.relative_to(ROOT / "configs").as_posix()
-    for folder in ("algorithms", "defaults")
-    for path in (ROOT / "configs" / folder).glob("*.yaml")
-) + ["tiny.yaml"]
+CONFIGS = ROOT / "configs"
+HEADS = [
+    path.relative_to(CONFIGS).as_posix()
+    for path in sorted(CONFIGS.rglob("*.yaml"))
+    if path.parent != CONFIGS or path.stem == "tiny"
+]
 
 
 @pytest.mark.slow
@@ -213,13 +214,13 @@ def test_the_commands_in_the_head_of_a_file_run(file, tmp_path):
     """As they are typed, with shorter answers and fewer steps."""
     for name, text in MADE.items():
         (tmp_path / name).write_text(text)
-    text = (ROOT / "configs" / file).read_text("utf-8")
+    text = (CONFIGS / file).read_text("utf-8")
     commands = re.findall(r"^#   (\S.*)$", re.split(r"\n(?!#)", text)[0], re.MULTILINE)
     assert commands
     if "runs/sft" in text:
         commands.insert(0, "rlhf-jax sft --config tiny --output-dir runs/sft")
     for command in commands:
-        words = shlex.split(command.replace("--config configs/", f"--config {ROOT}/configs/"))
+        words = shlex.split(command.replace("--config configs/", f"--config {CONFIGS}/"))
         short = STEPS.get(words[1].replace("-", "_"), FEW).split()
         places = [] if "--output-dir" in words else ["--output-dir", "run"]
         done = forks.run([*words, *short, *places], tmp_path)

@@ -365,7 +365,7 @@ def _reinforcement(case: Case, length: int | None) -> Shapes:
     source = None if method.value_source is None else case.language_model(method.value_source)
     _, method = choose_rate(case.run, method, begun.params)
     networks = networks_of(case.run, begun, method, source, teacher)
-    sizes = Sizes(settings.batch_size, columns, 0)
+    sizes = Sizes(settings.batch_size, columns, prompts=settings.batch_size)  # or more
     state = first_state_of_rl(case.run, method, networks, sizes)
     run = compiled(case.run, begun, method, networks.optimizer)
     functions = networks.functions
@@ -392,7 +392,13 @@ def _reinforcement(case: Case, length: int | None) -> Shapes:
         rewarded = iteration.Functions(None, reward_fn=reward)
         programs["reward"] = (run.reward, rollout, rewarded)
     scores = case.batch((settings.batch_size,), jnp.float32)
-    scored = dataclasses.replace(rollout, scores=scores)
+    of_kind = {"row": scores, "token": rollout.log_probs}
+    scored = dataclasses.replace(
+        rollout,
+        scores=scores,
+        extras={name: of_kind[kind] for name, kind in case.own.extras.items()} or None,
+        greedy_rewards=scores if case.own.baseline == "greedy" else None,
+    )
     programs["learn"] = (run.learn, state, scored, key, functions)
     held = _held(case.run, state.train)
     held["teacher"] = case.run.held["teacher"]
@@ -440,8 +446,8 @@ def _reward(case: Case, method: Method, teacher: LanguageModel | None) -> Any:
         return spec.RewardModel(score_fn, shapes, "", in_groups=in_groups)
 
     tokenizer: Any = types.SimpleNamespace(fingerprint="", encode=lambda text: [0], decode_raw=repr)
-    # ``--reward math`` asks the data for a column.
-    return spec.build_reward(entries, tokenizer=tokenizer, load=load, columns=("answer",)).fn
+    columns = ("answer", "gym")  # that ``math`` and ``gym:TASK`` ask of the data
+    return spec.build_reward(entries, tokenizer=tokenizer, load=load, columns=columns).fn
 
 
 def _teacher(case: Case) -> LanguageModel | None:
