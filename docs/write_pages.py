@@ -350,7 +350,8 @@ def _holding_together(rows: Sequence[Row], columns: Sequence[str], num: int) -> 
         values = np.array([row["value"] for row in of_seeds])
         interval = metrics.student(values, level=1 - 0.05 / num)
         for edge, value in zip(EDGES[1:], interval, strict=True):
-            changed.append(of_seeds[-1] | {"seed": "all", "metric": metric + edge, "value": value})
+            own = {"seed": "all", "metric": metric + edge, "value": round(value, 4)}
+            changed.append(of_seeds[-1] | own)
     return changed
 
 
