@@ -159,7 +159,7 @@ PPO_PAGE = (
         one_pass_and_before,
     ),
     Claim(
-        "All its {} intervals on *thrice* and *reward model* contain 0.",
+        "all {} intervals on *thrice* and *reward model* contain 0.",
         "critic",
         lambda r: [num_around(at_both(r, OTHERS, [1], EVIDENCE))],
     ),
@@ -174,7 +174,7 @@ PPO_PAGE = (
         ],
     ),
     Claim(
-        "At the default rate they learn more than VPG and RLOO on {} tasks of eight ({}, {}, {}, "
+        "at the default rate they learn more than VPG and RLOO on {} tasks of eight ({}, {}, {}, "
         "{}, {}, {}), and more than the defaults before on {} ({}, {}, {}, {}); none of these {} "
         "intervals lies below 0.",
         "critic",
