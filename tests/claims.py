@@ -1,5 +1,6 @@
 """Sentences of pages beside the results that they speak of."""
 
+import functools
 import json
 import re
 from collections.abc import Callable, Iterable
@@ -60,6 +61,7 @@ class Claim(NamedTuple):
     values: Callable[[Results], Iterable[float | str]]
 
 
+@functools.cache
 def read(name: str, num: int) -> Results:
     """The file, for a page with so many differences."""
     return Results(json.loads((DOCS / "results" / f"{name}.json").read_text("utf-8"))["rows"], num)
