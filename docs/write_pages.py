@@ -24,6 +24,10 @@ several values:
 - ``figure``: the name of the SVG file in docs/figures/; ``labels``: the words at its x and y axis.
 - ``variants``: patterns of the variants to show, in their order.
 - ``without``: a seed that means are taken without, such as the one that settings were tried on.
+- ``together: yes``: the columns' intervals are Student's over the seeds, so wide that all of them
+  in such blocks of the page hold together with 95% (Bonferroni).
+
+A file of one seed shows that seed's numbers. A table without rows is refused.
 
 A program is shown whole, or its ``part`` between the lines ``# --- N`` and the next ``# ---``.
 """
@@ -50,7 +54,7 @@ BLOCK = re.compile(
 )
 OPTIONS = {
     *("columns", "curve", "numbers", "x", "names", "dashed", "bars", "by-seed", "figure"),
-    *("labels", "variants", "without", "part"),
+    *("labels", "variants", "without", "together", "part"),
 }
 FEW_SEEDS = 5
 EDGES = ("", " low", " high")  # behind the name of a metric
@@ -68,30 +72,54 @@ def outputs() -> dict[Path, str]:
             continue
         if 2 * len(BLOCK.findall(text)) != text.count("<!--"):
             raise SystemExit(f"{page}: a comment is neither the begin nor the end of a block")
-        files[page] = BLOCK.sub(functools.partial(_filled, page=page, files=files), text)
+        num = sum(_num_together(block, page) for block in BLOCK.finditer(text))
+        fill = functools.partial(_filled, page=page, files=files, num_together=num)
+        files[page] = BLOCK.sub(fill, text)
     return files
 
 
-def _filled(block: re.Match[str], page: Path, files: dict[Path, str]) -> str:
-    """The block with its content; its figure is added to the files."""
-    kind, name, lines = block.groups()
+def _options(block: re.Match[str], page: Path) -> tuple[dict[str, str], str]:
+    """What the block says, and its place."""
     where = f"{page}:{block.string.count(chr(10), 0, block.start()) + 1}"
     options = {}
-    for line in lines.splitlines():
+    for line in block[3].splitlines():
         key, _, value = line.partition(": ")
         if key not in OPTIONS:
             raise SystemExit(f"{where}: no option {line!r}; take {', '.join(sorted(OPTIONS))}")
         options[key] = value
+    if "together" in options and "columns" not in options:
+        raise SystemExit(f"{where}: together without columns, whose intervals it makes")
+    return options, where
+
+
+def _read(name: str, options: Mapping[str, str], where: str) -> dict[str, Any]:
+    """The results with the rows of the block's variants."""
+    results: dict[str, Any] = json.loads((DOCS / "results" / f"{name}.json").read_text("utf-8"))
+    patterns = options.get("variants", "*").split(" | ")
+    return results | {"rows": _of_variants(results["rows"], patterns, where)}
+
+
+def _num_together(block: re.Match[str], page: Path) -> int:
+    """How many intervals the block shows that hold together with others."""
+    options, where = _options(block, page)
+    if "together" not in options:
+        return 0
+    rows = _read(block[2], options, where)["rows"]
+    return len(_of_seeds(rows, options["columns"].split(" | ")))
+
+
+def _filled(block: re.Match[str], page: Path, files: dict[Path, str], num_together: int) -> str:
+    """The block with its content; its figure is added to the files."""
+    kind, name, _ = block.groups()
+    options, where = _options(block, page)
     up = "../" * (len(page.relative_to(DOCS).parts) - 1)
     if kind == "program":
         parts = _program(DOCS / name, up + name, options.get("part"))
     elif kind == "reference":
         parts = {"settings": _settings, "names": _names}[name]()
     else:
-        results = json.loads((DOCS / "results" / f"{name}.json").read_text("utf-8"))
-        patterns = options.get("variants", "*").split(" | ")
-        results["rows"] = _of_variants(results["rows"], patterns, where)
-        parts = _results(results, options, where)
+        results = _read(name, options, where)
+        parts = _results(results, options, where, num_together)
         if "figure" in options:
             svg, seen, *parts = parts
             files[DOCS / "figures" / f"{options['figure']}.svg"] = card(svg)
@@ -100,11 +128,15 @@ def _filled(block: re.Match[str], page: Path, files: dict[Path, str]) -> str:
         if f"<!-- results {name}\n" not in section:  # else a later block of the section says it
             link = f"{up}results/{name}.json"
             parts.append(_origin(results, options.get("without", ""), link))
+    if any(part.endswith("| --- |") for part in parts):
+        raise SystemExit(f"{where}: the table has no rows")
     head = block[0].partition("-->")[0]
     return "\n\n".join([f"{head}-->", *parts, "<!-- end -->"])
 
 
-def _results(results: Mapping[str, Any], options: Mapping[str, str], where: str) -> list[str]:
+def _results(
+    results: Mapping[str, Any], options: Mapping[str, str], where: str, num_together: int
+) -> list[str]:
     """The figure of the results as SVG and in words, if the block has one, and their table."""
     rows = results["rows"]
     without = options.get("without", "")
@@ -128,7 +160,10 @@ def _results(results: Mapping[str, Any], options: Mapping[str, str], where: str)
         names, series, table = _by_seed(rows, by_seed, without)
         return [*_bars(names, series, options["labels"]), table]
     if columns := options.get("columns"):
-        return [_by_variant(rows, columns.split(" | "), without)]
+        names = columns.split(" | ")
+        if "together" in options:
+            rows = _holding_together(rows, names, num_together)
+        return [_by_variant(rows, names, without)]
     return [_by_metric(rows)]
 
 
@@ -299,9 +334,30 @@ def _by_variant(rows: Sequence[Row], columns: Sequence[str], without: str) -> st
     return f"<details>\n{summary}\n\n{table}\n\n</details>"
 
 
+def _of_seeds(rows: Sequence[Row], columns: Sequence[str]) -> dict[tuple[str, str], list[Row]]:
+    """{(variant, metric): its rows of several seeds} of the columns that have such rows."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row["seed"] != "all" and row["metric"] in columns:
+            found.setdefault((row["variant"], row["metric"]), []).append(row)
+    return {name: of for name, of in found.items() if len(of) > 1}
+
+
+def _holding_together(rows: Sequence[Row], columns: Sequence[str], num: int) -> list[Row]:
+    """The rows with other intervals: of the columns alone, at the level of one of ``num``."""
+    changed = [row for row in rows if not row["metric"].endswith(EDGES[1:])]
+    for (_, metric), of_seeds in _of_seeds(rows, columns).items():
+        values = np.array([row["value"] for row in of_seeds])
+        interval = metrics.student(values, level=1 - 0.05 / num)
+        for edge, value in zip(EDGES[1:], interval, strict=True):
+            own = {"seed": "all", "metric": metric + edge, "value": round(value, 4)}
+            changed.append(of_seeds[-1] | own)
+    return changed
+
+
 def _last(rows: Sequence[Row], without: str) -> dict[str, dict[str, float]]:
     """{variant: {metric: its mean of the last step}}; without a seed the mean of the others, which
-    has no interval.
+    has no interval. Rows of a single seed are those of the mean.
     """
     if without:
         found: dict[tuple[str, str], list[Row]] = {}
@@ -313,9 +369,11 @@ def _last(rows: Sequence[Row], without: str) -> dict[str, dict[str, float]]:
             of[-1] | {"seed": "all", "value": sum(row["value"] for row in of) / len(of)}
             for of in found.values()
         ]
+    seeds = {row["seed"] for row in rows}
+    shown = seeds.pop() if len(seeds) == 1 else "all"
     values: dict[str, dict[str, float]] = {row["variant"]: {} for row in rows}
     for row in sorted(rows, key=lambda row: row["step"]):
-        if row["seed"] == "all":
+        if row["seed"] == shown:
             values[row["variant"]][row["metric"]] = row["value"]
     return values
 

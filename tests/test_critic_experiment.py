@@ -11,6 +11,7 @@ import results
 from critic import EXPLAINED, FINAL, MEAN, Curve, Measured, Sizes
 
 from rlhf_jax import ppo
+from rlhf_jax.training.common import rates
 from rlhf_jax.types import Rollout
 
 METHODS = (
@@ -91,8 +92,34 @@ def test_rates_are_chosen_by_some_seeds_and_measured_by_others(monkeypatch):
     assert of_all[FINAL] == 0.55
     assert of_all[EXPLAINED] == 0.1
     assert of_all[f"{MEAN} minus no critic's"] == pytest.approx(0.3 - 0.1)
-    assert of_all[f"{MEAN} at 0.003 minus no critic's"] == pytest.approx(-0.1)
+    assert of_all[f"{critic.AT_DEFAULT} minus no critic's"] == pytest.approx(-0.1)
     assert values["dense: PPO, 1 pass", 1, FINAL] == 0.6
+
+
+def test_differences_are_those_of_each_seed():
+    def rows_of(name, *scores):
+        return [
+            results.row(name, seed, 60, metric, score)
+            for metric in (MEAN, FINAL, f"{MEAN} at 0.01")
+            for seed, score in enumerate(scores)
+        ]
+
+    rows = rows_of("dense: PPO, 4 passes", 0.5, 0.75) + rows_of("dense: VPG", 0.25, 0.0)
+    found = [
+        (row["variant"], row["seed"], row["metric"], row["value"])
+        for row in critic.comparisons(rows)
+        if not row["metric"].endswith(results.EDGES)
+    ]
+    minus = f"{MEAN} minus VPG's"  # of the final score and of other rates no page tells
+    expected = [(results.ALL, 0.5), (0, 0.25), (1, 0.75)]
+    assert found == [("dense: PPO, 4 passes", seed, minus, value) for seed, value in expected]
+
+
+def test_the_default_rate_is_the_packages():
+    shapes = jax.eval_shape(critic.MODEL.init, jax.random.key(0))
+    num = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    rate = rates.default_rate("rl", rates.Size(num, is_adapter=False))
+    assert f"{MEAN} at {rate:g}" == critic.AT_DEFAULT
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import sys
 import xml.etree.ElementTree as ET
 
 import matplotlib as mpl
+import numpy as np
 import pytest
 import results
 from builders import ROOT
@@ -148,6 +149,46 @@ def test_all_metrics_have_a_column_for_each_seed(fill):
     ]
 
 
+def test_a_table_of_one_seed_has_its_numbers(fill):
+    rows = [*row("a", 1, 20, 0.25), *row("b", 1, 20, 0.5)]
+    assert fill("results a\ncolumns: m\n", rows)[0].endswith("\n| a | 0.25 |\n| b | 0.5 |")
+
+
+def test_intervals_hold_together_over_the_blocks_of_a_page(fill):
+    """Three intervals in two blocks, one of them twice: each has the level of one of four."""
+    seeds = {"a": (1.0, 3.0, 8.0), "b": (0.0, 2.0, 7.0)}
+    rows = [
+        *(one for name in seeds for one in row(name, "all", 1, 4, 3, 5)),
+        *(one for name in seeds for one in row(name, "all", 1, 9, 8, 10, metric="alone")),
+        *(
+            one
+            for name, of in seeds.items()
+            for i, x in enumerate(of)
+            for one in row(name, i, 1, x)
+        ),
+        *(one for i, x in enumerate(seeds["a"]) for one in row("a", i, 1, 2 * x, metric="n")),
+        *row("a", "all", 1, 8, 7, 9, metric="n"),
+    ]
+    fill("results a ", rows)
+    page = write_pages.DOCS / "inner" / "page.md"
+    both = "<!-- results a\ncolumns: m | n | alone\ntogether: yes\n-->\n<!-- end -->\n"
+    one = "<!-- results a\ncolumns: m\nvariants: a\ntogether: yes\n-->\n<!-- end -->\n"
+    without = "<!-- results a\ncolumns: m\n-->\n<!-- end -->\n"
+    page.write_text(f"# Page\n\n{both}\n{one}\n{without}")
+    made = write_pages.outputs()[page]
+    intervals = [metrics.student(np.array(of), level=1 - 0.05 / 4) for of in seeds.values()]
+    a, b = (f"{low:.3g} to {high:.3g}" for low, high in intervals)
+    n = " to ".join(f"{2 * edge:.3g}" for edge in intervals[0])
+    lines = [line for line in made.splitlines() if line.startswith(("| a", "| b"))]
+    assert lines == [
+        f"| a | 4 ({a}) | 8 ({n}) | 9 |",
+        f"| b | 4 ({b}) |  | 9 |",
+        f"| a | 4 ({a}) |",
+        "| a | 4 (3 to 5) |",
+        "| b | 4 (3 to 5) |",
+    ]
+
+
 def test_a_curve_is_of_means_if_there_are_some_and_names_follow_the_variants(fill):
     rows = [
         *row("b", "all", 2, 0.5, 0.25, 0.75),
@@ -210,11 +251,19 @@ def test_the_last_block_of_a_section_says_where_the_numbers_come_from(between, n
         ("results a\ncolumns: m | n\n", r"page\.md:3: no variant has n"),
         ("results a\nbars: m\nlabels: x\n", r"page\.md:3: no variant has m after"),
         ("results a\ncurve: m\nnames: A\nlabels: x | y\n", r"page\.md:3: names without variants"),
+        ("results a\ncurve: m\nlabels: x | y\ntogether: yes\n", r"page\.md:3: together without"),
     ],
 )
 def test_a_wrong_block_is_told_with_its_place(block, message, fill):
     with pytest.raises(SystemExit, match=message):
         fill(block, row("a", 0, 1, 1))
+
+
+def test_no_table_is_written_without_rows(fill):
+    """Of two seeds without a mean."""
+    rows = [*row("a", 0, 1, 1), *row("a", 1, 1, 2)]
+    with pytest.raises(SystemExit, match=r"page\.md:3: the table has no rows"):
+        fill("results a\ncolumns: m\n", rows)
 
 
 @pytest.mark.parametrize("text", ["<!-- result a -->\n<!-- end -->\n", "<!-- results a -->\n"])

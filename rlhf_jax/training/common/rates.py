@@ -19,7 +19,7 @@ POWERS = {
     "rl": (5e-4, 0.75),
 }
 OF_ADAPTERS = 10.0  # times the rate of all weights
-MOST = 1e-2  # also of adapters: at larger rates RL of .1 million parameters breaks
+MOST = 1e-2  # also of adapters: at 3e-2 RL of a million parameters breaks
 SMALLEST, LARGEST = 1e5, 8e9  # parameters: of a size beyond, the rate of this one
 HIGH = 10.0  # times the default: a rate above it warns
 
