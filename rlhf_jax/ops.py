@@ -9,7 +9,6 @@ NaN or 1e4 there reaches neither value nor gradient.
 split: sums and counts are then ``psum``-ed and every device holds the global result.
 """
 
-import contextvars
 import operator
 from collections.abc import Callable
 from typing import Any, Literal, get_args
@@ -98,7 +97,8 @@ def float32(x: Any) -> Array:
     return jnp.asarray(x, jnp.float32)
 
 
-_is_differentiable = contextvars.ContextVar("differentiable", default=False)
+# A user context is part of jit's cache key: a loss that is jitted is traced for each value.
+_is_differentiable = jax.make_user_context(False)
 
 
 def frozen(x: Any) -> Array:
@@ -106,18 +106,15 @@ def frozen(x: Any) -> Array:
     gradient flows, but in a function that is ``differentiable``.
     """
     x = float32(x)
-    return x if _is_differentiable.get() else jax.lax.stop_gradient(x)
+    return x if _is_differentiable.value else jax.lax.stop_gradient(x)
 
 
 def differentiable(fn: Callable[..., Any]) -> Callable[..., Any]:
     """``fn``, in which ``frozen`` gives what it is given, while it is traced."""
 
     def unfrozen(*args: Any, **named: Any) -> Any:
-        token = _is_differentiable.set(True)
-        try:
+        with _is_differentiable(True):
             return fn(*args, **named)
-        finally:
-            _is_differentiable.reset(token)
 
     return unfrozen
 

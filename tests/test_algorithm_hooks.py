@@ -430,6 +430,29 @@ def test_gradients_flow_through_updates_where_they_are_asked_for():
     assert ends[0] == ends[1]
 
 
+def test_a_jitted_loss_does_not_remember_how_it_was_traced_before():
+    """The gradient through a step, with respect to the importance weights, in both orders."""
+    batch = replace(scored_rollout([0.0, 1, 2, 4]), advantages=jnp.ones((4, 7)))
+    state = TrainState.create(tabular.policy_params(0), optax.sgd(0.05))
+
+    def gradients(*kinds):
+        loss = jax.jit(rloo.loss, static_argnames=("policy_fn", "config"))
+
+        def after(weight, update):
+            weighted = replace(batch, importance_weights=weight * batch.mask)
+            end, _ = update(state, weighted, jax.random.key(0), config=rloo.Config(), **UPDATE)
+            return jnp.sum(jnp.sin(end.params["logits"]))
+
+        made = [
+            policy.updater(lambda batch, **_: batch, loss, differentiable=kind) for kind in kinds
+        ]
+        return [float(jax.grad(after)(1.0, update)) for update in made]
+
+    (exact, frozen), (frozen_first, exact_last) = gradients(True, False), gradients(False, True)
+    assert frozen == frozen_first == 0.0
+    assert exact == exact_last != 0.0
+
+
 def test_a_loss_whose_weights_are_constants_is_no_function_to_differentiate():
     update = policy.updater(grpo.prepare, grpo.loss, differentiable=True)
     batch = scored_rollout([0.0, 1, 2, 3])
