@@ -33,6 +33,7 @@ from rlhf_jax.types import (
     Rollout,
     StepMetrics,
     TrainState,
+    complete,
 )
 
 # The largest ratio that the KL term is multiplied by: a token with a larger one is an outlier.
@@ -368,7 +369,7 @@ def updater(
 
     Its metrics are those of ``loss`` with ``loss``, ``grad_norm`` and ``nonfinite``, averaged over
     the steps (``ratio_max``, ``nonfinite``: the maximum), and ``rollout_metrics``. Its config is a
-    ``Batching``, or any object with the passes and batches of ``types.AlgorithmConfig``.
+    ``Batching``, or any frozen dataclass; what it leaves out is that of ``types.AlgorithmConfig``.
 
     Args:
       prepare, loss: as in ``types.Algorithm``.
@@ -394,6 +395,7 @@ def updater(
     ) -> tuple[State, Metrics]:
         """``prepare``, then ``num_epochs`` passes of ``num_minibatches`` optimizer steps on
         ``loss``; see ``policy.updater``."""
+        complete(config)
         own: Any = {} if advance is None else {"state": state}
         prepared = prepare(rollout, config=config, axis_name=axis_name, **own)
         bound: LossFn = partial(loss, policy_fn=policy_fn, config=config)
@@ -404,13 +406,12 @@ def updater(
                     "constants by their definition; use another surrogate and kl_loss_coef 0"
                 )
             bound = ops.differentiable(bound)
-        answers = getattr(config, "group_size", 1)
-        is_whole = getattr(config, "whole_groups", False)
-        kept_together = answers if is_whole else rollout.group_size
+        kept_together = config.group_size if config.whole_groups else rollout.group_size
         # A minibatch has whole groups where these divide, whether or not they share their prompts:
         # how a rollout is computed must not decide which rows meet.
         num_rows = len(prepared.tokens) * ops.psum(1, axis_name)
-        divides = num_rows % (config.shuffle_blocks * config.num_minibatches * answers) == 0
+        parts = config.shuffle_blocks * config.num_minibatches
+        divides = num_rows % (parts * config.group_size) == 0
 
         def step(state: State, minibatch: Rollout, key: Array) -> tuple[State, StepMetrics]:
             return gradient_step(
@@ -436,7 +437,7 @@ def updater(
             shuffle_blocks=config.shuffle_blocks,
             axis_name=axis_name,
             minibatch_sharding=minibatch_sharding,
-            group_size=answers if divides else kept_together,
+            group_size=config.group_size if divides else kept_together,
         )
         if advance is not None:
             advanced = advance(state, prepared, config=config, axis_name=axis_name)
