@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from rlhf_jax.policies import Policy
@@ -31,6 +32,7 @@ from rlhf_jax.types import (
     Params,
     PolicyFn,
     PolicyOutput,
+    known,
 )
 
 Axis = int | tuple[int, ...] | None  # dimensions to reduce; None: all
@@ -392,6 +394,15 @@ def policy_fn(apply_fn: Callable[..., Array], temperature: float | Array = 1.0) 
 
     known = temperature if isinstance(temperature, int | float) else None
     return Policy(apply_policy, temperature=known, takes_statistic=True)
+
+
+def best_of(best: Array | None, shape: tuple[int, ...], num_answers: int) -> Array:
+    """``Comparisons.best``, or zeros of the shape. ValueError if one is known to be no answer."""
+    places = known(best)
+    if places is not None and np.any((places < 0) | (places >= num_answers)):
+        found = f"{places.min()} to {places.max()}"
+        raise ValueError(f"comparisons.best must be from 0 to {num_answers - 1}, got {found}")
+    return jnp.zeros(shape, jnp.int32) if best is None else jnp.asarray(best)
 
 
 def response_log_probs(

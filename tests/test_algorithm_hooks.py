@@ -676,9 +676,11 @@ BARE = {"Config": Bare, "update": policy.updater(bare_prepare, bare_loss)}
 
 def test_an_iteration_has_the_defaults_of_a_run():
     """Of a Config without a group size, and of the KL penalty."""
-    _, metrics, batch = iterated(module("bare", **BARE), Bare())
+    by_group = {"reward_fn": lambda rollout: (1.0 * rollout.group_ids, {})}
+    _, metrics, batch = iterated(module("bare", **BARE), Bare(), **by_group)
     assert metrics["grad_norm"] > 0
     assert_array_equal(batch.group_ids, [0, 1, 2, 3])
+    assert_array_equal(batch.scores, batch.group_ids)
     assert "kl/coef" not in metrics
     of_two = {"config": rloo.Config(group_size=2)}
     _, metrics, batch = iterated(rloo, **of_two)

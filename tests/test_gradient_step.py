@@ -198,7 +198,7 @@ def test_an_update_of_rl_leaves_out_the_columns_that_no_row_of_a_part_needs(monk
         log_probs = params["w"] * jnp.ones(tokens.shape)
         return PolicyOutput(log_probs, entropy=-log_probs)
 
-    config = rloo.Config(group_size=2, num_microbatches=4)
+    config = rloo.Config(group_size=2, num_microbatches=4, kl_loss_coef=0.1)
     update = partial(rloo.update, policy_fn=policy_fn, optimizer=SGD, config=config)
     jax.eval_shape(update, TrainState.create({"w": 1.0}, SGD), ragged_rollout(), KEY)
     assert widths == {7, 11, 19}

@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rlhf_jax import ops
 from rlhf_jax.algorithms import lengths
 from rlhf_jax.errors import warn_once
-from rlhf_jax.parallel import auxiliary, blocks
+from rlhf_jax.parallel import auxiliary, blocks, sharding
 from rlhf_jax.types import (
     AxisName,
     DropoutKey,
@@ -90,9 +90,16 @@ def gradient_step(
       ``params/unmoved`` is the share of their steps that rounding undid.
 
     Raises:
-      ValueError: ``num_microbatches`` does not divide B, or there is no batch to divide.
+      ValueError: ``num_microbatches`` does not divide B, or there is no batch to divide; or rows
+        vary over a mapped axis that ``axis_name`` does not name.
       TypeError: ``loss_fn`` returns anything but Means.
     """
+    named = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    # Parameters that vary too are those of a run on each device.
+    unnamed = sharding.varying(batch) - sharding.varying(state.params) - {*named}
+    if unnamed:
+        axes = ", ".join(unnamed)
+        raise ValueError(f"rows are mapped over {axes}: give the update {axes} as axis_name")
     gradient: BatchGradient = partial(
         _gradient,
         loss_fn,
@@ -391,12 +398,10 @@ def _unmoved(params: Params, updates: Params, new: Params) -> Metrics:
         "the metric params/unmoved): train float32 copies, models.master_weights(params)"
     )
 
-    def bits(x: Array) -> Array:  # XLA may compare a sum before it is rounded
-        return jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
-
-    tried = [jnp.sum(u != 0) for _, u, _ in low]
-    lost = [jnp.sum((u != 0) & (bits(p) == bits(n))) for p, u, n in low]
-    return {"params/unmoved": ops.float32(sum(lost)) / jnp.maximum(sum(tried), 1)}
+    low = jax.lax.optimization_barrier(low)  # XLA may compare a sum before it is rounded
+    tried = sum(jnp.sum(u != 0) for _, u, _ in low)
+    lost = sum(jnp.sum((u != 0) & (p == n)) for p, u, n in low)
+    return {"params/unmoved": ops.float32(lost) / jnp.maximum(tried, 1)}
 
 
 def _widen(gradient: Array) -> Array:

@@ -22,7 +22,6 @@ LOSS = "router/aux_loss"  # the term that is weighed and added; the others are m
 
 # In jit's cache key: a network that was traced without its terms is traced again where they count.
 _is_wanted = jax.make_user_context(False)
-# The terms, and the trace of the loss that collects them.
 _collected: ContextVar[tuple[Terms, Any] | None] = ContextVar("auxiliary", default=None)
 
 
@@ -40,21 +39,17 @@ def collected() -> Iterator[Terms]:
 
 def is_wanted() -> bool:
     """Whether terms are collected."""
-    wanted: bool = _is_wanted.value
-    return wanted
+    return bool(_is_wanted.value)
 
 
 def add(terms: Terms) -> None:
-    """Adds the terms of a network's pass over some rows. Several passes give one mean.
-
-    Raises:
-        ValueError: nobody collects, or the pass has a trace of its own, which keeps its terms.
-    """
+    """Adds the terms of a network's pass over some rows. Several passes give one mean. ValueError
+    if nobody collects, or the pass has a trace of its own, which would keep its terms."""
     collector = _collected.get()
     if collector is None:
         raise ValueError("no loss collects auxiliary terms: see auxiliary.collected")
-    held, trace = collector
-    if trace != get_opaque_trace_state():
+    held, trace_of_loss = collector
+    if trace_of_loss != get_opaque_trace_state():
         raise ValueError(
             "router_aux_coef: the network is jitted, or runs in parts, inside the loss, which "
             "would lose its terms; give the update a policy_fn or score_fn that is not jitted"

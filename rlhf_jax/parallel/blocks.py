@@ -28,8 +28,7 @@ _cut_into = jax.make_user_context(0)
 
 def number() -> int:
     """The number of row blocks of the program that is being traced; 0: it does not divide rows."""
-    count: int = _cut_into.value
-    return count
+    return int(_cut_into.value)
 
 
 def replicated(
