@@ -109,7 +109,7 @@ def main(settings):
         _, metrics = dpo.loss(params, batch, None, policy_fn=policy_fn, config=config)
         return {name: mean.value for name, mean in metrics.items()}
 
-    state = TrainState.create(jax.tree.map(np.copy, reference), optimizer)
+    state = TrainState.create(models.master_weights(reference), optimizer)
     checkpoints = ocp.CheckpointManager(settings.out.absolute() / "checkpoints")
     done = checkpoints.latest_step() or 0
     if done:

@@ -298,7 +298,7 @@ def train_policy(
         measured = Curve(gold, batch.scores, kl, judged)
         state, _ = rloo.update(
             state,
-            batch,
+            batch.replace(ref_log_probs=None),  # the KL is measured alone
             update_key,
             policy_fn=POLICY_FN,
             optimizer=optimizer,

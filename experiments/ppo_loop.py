@@ -119,7 +119,7 @@ def main(settings):
         return state, metrics, batch
 
     params = models.add_head(init_key, reference, "value")
-    state = TrainState.create(jax.tree.map(np.copy, params), optimizer)
+    state = TrainState.create(models.master_weights(params), optimizer)
     checkpoints = ocp.CheckpointManager(settings.out.absolute())
     done = checkpoints.latest_step() or 0
     if done:

@@ -106,7 +106,7 @@ def main(settings):
         return (scores[:, 0] > scores[:, 1]).mean()
 
     params = models.add_head(jax.random.fold_in(key, 0), body, "score")
-    state = TrainState.create(jax.tree.map(np.copy, params), optimizer)
+    state = TrainState.create(models.master_weights(params), optimizer)
     checkpoints = ocp.CheckpointManager(settings.out.absolute() / "checkpoints")
     done = checkpoints.latest_step() or 0
     if done:

@@ -6,6 +6,7 @@ such messages: ordinary files only, and no more of them than fits into memory.
 import contextlib
 import difflib
 import errno
+import functools
 import itertools
 import logging
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 _OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 _OF_DISKS |= {errno.EIO, errno.ENAMETOOLONG}
 logger = logging.getLogger("rlhf_jax")
+warn_once = functools.cache(logger.warning)
 MOST_BYTES = 1 << 28
 """The largest file of a folder that is read whole, 256 MiB; weights are read in parts. The largest
 tokenizer.json of a public model has 33 MB."""

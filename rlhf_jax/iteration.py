@@ -22,10 +22,11 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
-from rlhf_jax import losses, models, ops, policies, rewards, sampling
+from rlhf_jax import losses, models, ops, policies, rewards, sampling, types
 from rlhf_jax.algorithms.policy import rewards_to_go, row_rewards
 from rlhf_jax.errors import UserError
 from rlhf_jax.parallel import sharding
+from rlhf_jax.rewards.host import pair
 from rlhf_jax.sampling import rollout
 from rlhf_jax.types import Algorithm, EosId, Metrics, Params, Rollout, Scores, TrainState
 
@@ -45,7 +46,7 @@ class LoopState:
     def create(
         cls,
         train: TrainState,
-        kl_coef: float,
+        kl_coef: Array | float,
         reference: Params | None = None,
         behind: TrainState | None = None,
     ) -> "LoopState":
@@ -153,16 +154,18 @@ def respond_by(
 
     ``sample(params, prompts, key, *, model=model, **changes) -> Rollout`` is ``respond`` by any
     parameters and model, with changes of the SamplingConfig. Some of the prompts are
-    ``jax.tree.map(lambda x: x[::2], prompts)``.
+    ``jax.tree.map(lambda x: x[::2], prompts)``, whose places are theirs: with one key, parts are
+    independent.
 
     Args:
         policies: parameters of the policy and of the reference, see ``sampling_params``.
         settings: the algorithm's ``config``.
     """
-    usual = model
+    if prompts.places is None:
+        prompts = prompts._replace(places=jnp.arange(len(prompts.tokens), dtype=jnp.int32))
 
     def sample(
-        params: Params, prompts: Prompts, key: Array, *, model: Any = usual, **changes: Any
+        params: Params, prompts: Prompts, key: Array, *, model: Any = model, **changes: Any
     ) -> Rollout:
         # Some of the prompts may be fewer than the devices.
         fits = mesh is not None and len(prompts.tokens) % sharding.num_parts(mesh) == 0
@@ -266,7 +269,7 @@ def most_common(rollout: Rollout) -> Array:
 
 def reward(rollout: Rollout, functions: Functions) -> tuple[Rollout, Metrics]:
     """``scored`` with the result of ``functions.reward_fn``."""
-    return scored(rollout, *functions.reward_fn(rollout))
+    return scored(rollout, *pair("the reward", functions.reward_fn(rollout)))
 
 
 def scored(
@@ -393,7 +396,6 @@ def mask_truncated(eos_id: EosId | None) -> Rule:
 def with_greedy(rollout: Rollout, *, greedy: Rollout, shape: Rule) -> Rollout:
     """The rollout with ``greedy_rewards``: the rewards, after ``shape``, of scored greedy responses
     to the same prompts.
-
 
     A row whose greedy response has no score becomes a missing row: it would have no baseline.
     """
@@ -529,6 +531,9 @@ def learn(
     row_reward = _row_sums(shaped, rollout)
     metrics = metrics | {"objective/reward": ops.masked_mean(row_reward, rollout.present)}
     counted = masked(rollout)
+    if counted.group_ids is None:
+        groups = jnp.arange(len(counted.tokens), dtype=jnp.int32) // config.group_size
+        counted = replace(counted, group_ids=groups)
     if masked is not unchanged:
         dropped = rollout.present & ~counted.present
         metrics["response/masked"] = jnp.sum(dropped).astype(jnp.float32)
@@ -568,55 +573,58 @@ def iterate(
     optimizer: optax.GradientTransformation,
     reward_fn: Callable[[Rollout], Scores],
     ref_fn: Any = None,
-    kl_coef: Array | float = 0.0,
+    kl_coef: Array | float | None = None,
 ) -> tuple[Any, Metrics]:
-    """One iteration of a loop of your own: collect, score, shape, update. A pure function: whole
-    runs are a ``jax.lax.scan`` of it, and many of them its ``jax.vmap``.
+    """One iteration of a loop of your own, collect, score, shape, update, by the functions of a
+    run. A pure function: whole runs are a ``jax.lax.scan`` of it, and many of them its
+    ``jax.vmap``.
 
     Args:
         state: of the algorithm, such as ``TrainState``.
-        prompts: the ``config.group_size`` rows of a prompt are adjacent.
+        prompts: the ``config.group_size`` rows of a prompt are adjacent. The caller chooses them,
+            by the algorithm's ``choose`` if it has one; ``row_ids`` are their numbers.
         key: of sampling and of the update.
+        config: what it leaves out is that of ``types.AlgorithmConfig``.
         policy_fn, ref_fn: a PolicyFn, and one that carries its parameters
             (``policy_fn.bind(params)``).
-        kl_coef: of the KL penalty in the reward, which needs ``ref_fn`` unless it is the number 0.
+        kl_coef: of the KL penalty in the reward; None: the algorithm's own, or 0.
 
     Returns:
-        The state after the update, and the metrics of ``scored``, the penalty and the update.
+        The state after the update, and the metrics of ``rescored``, ``reward`` and ``learn``.
+
+    Raises:
+        ValueError: there is no ``ref_fn``, and a KL or the algorithm's ``respond`` needs one.
     """
+    types.complete(config)
     sample_key, update_key = jax.random.split(key)
+    coef = getattr(algorithm, "kl_coef", 0.0) if kl_coef is None else kl_coef
+    has_penalty = config.kl_in_loss or not ops.is_zero(coef)
+    responds = getattr(algorithm, "respond", None) is not None
+    reference = None if ref_fn is None else policies.as_policy(ref_fn)
+    if (has_penalty and reference is None) or (responds and not (reference and reference.bound)):
+        raise ValueError(
+            "give ref_fn=policy_fn.bind(params), which a KL (kl_coef, kl_loss_coef) and an "
+            "algorithm that says what samples read; or no KL, kl_coef=0"
+        )
+    loop = LoopState.create(state, coef)
+    functions = Functions(policy_fn, reward_fn, reference)
     how = replace(sampling, record_support=sampling.truncates)
-    policy = models.policy_params(state.params)
-    respond_as = getattr(algorithm, "respond", None)
-    if respond_as is None:
-        sampled = respond(policy, prompts, sample_key, model=model, config=how)
+    own: Any = {"model": model, "config": how}
+    if responds:
+        both = (policy(loop), reference_params(loop, functions, None))
+        own |= {"algorithm": algorithm, "settings": config}
+        sampled = respond_by(both, prompts, sample_key, **own)
     else:
-        bound = () if ref_fn is None else policies.as_policy(ref_fn).bound
-        if not bound:
-            raise ValueError(
-                "the algorithm says what samples, and may sample with the reference: give "
-                "ref_fn=policy_fn.bind(params)"
-            )
-        by = (policy, bound[-1])
-        own: Any = {"algorithm": algorithm, "settings": config}
-        sampled = respond_by(by, prompts, sample_key, model=model, config=how, **own)
-    batch = rollout.rescore(sampled, state.params, policy_fn=policy_fn, ref_fn=ref_fn)
-    if respond_as is not None:
-        batch = replace(batch, log_probs=sampled.log_probs)
-    groups = jnp.arange(len(batch.tokens), dtype=jnp.int32) // config.group_size
-    batch = replace(batch, group_ids=groups)
-    batch, metrics = scored(batch, *reward_fn(batch))
-    penalty = NO_PENALTY if ops.is_zero(kl_coef) else kl_penalty(0.0)
-    shaped, _, of_penalty = penalty.apply(ops.float32(kl_coef), batch)
-    state, learned = algorithm.update(
-        state,
-        replace(batch, rewards=shaped),
-        update_key,
-        policy_fn=policy_fn,
-        optimizer=optimizer,
-        config=config,
-    )
-    return state, metrics | of_penalty | learned
+        sampled = respond(policy(loop), prompts, sample_key, **own)
+    groups = jnp.arange(len(sampled.tokens), dtype=jnp.int32) // config.group_size
+    sampled = replace(sampled, group_ids=groups)
+    own = {"eos_ids": how.eos_ids, "keep_log_probs": responds, "extras": config.extras}
+    batch, metrics = rescored(loop, sampled, functions, **own)
+    batch, of_reward = reward(batch, functions)
+    own = {"algorithm": algorithm, "config": config, "optimizer": optimizer}
+    own["penalty"] = kl_penalty(0.0) if has_penalty else NO_PENALTY
+    loop, learned = learn(loop, batch, update_key, functions, **own)
+    return loop.train, metrics | of_reward | learned
 
 
 def _checked(made: Any) -> tuple[TrainState, Metrics]:

@@ -9,7 +9,6 @@ NaN or 1e4 there reaches neither value nor gradient.
 split: sums and counts are then ``psum``-ed and every device holds the global result.
 """
 
-import contextvars
 import operator
 from collections.abc import Callable
 from typing import Any, Literal, get_args
@@ -17,6 +16,7 @@ from typing import Any, Literal, get_args
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from rlhf_jax.policies import Policy
@@ -32,6 +32,7 @@ from rlhf_jax.types import (
     Params,
     PolicyFn,
     PolicyOutput,
+    known,
 )
 
 Axis = int | tuple[int, ...] | None  # dimensions to reduce; None: all
@@ -98,7 +99,8 @@ def float32(x: Any) -> Array:
     return jnp.asarray(x, jnp.float32)
 
 
-_is_differentiable = contextvars.ContextVar("differentiable", default=False)
+# A user context is part of jit's cache key: a loss that is jitted is traced for each value.
+_is_differentiable = jax.make_user_context(False)
 
 
 def frozen(x: Any) -> Array:
@@ -106,18 +108,15 @@ def frozen(x: Any) -> Array:
     gradient flows, but in a function that is ``differentiable``.
     """
     x = float32(x)
-    return x if _is_differentiable.get() else jax.lax.stop_gradient(x)
+    return x if _is_differentiable.value else jax.lax.stop_gradient(x)
 
 
 def differentiable(fn: Callable[..., Any]) -> Callable[..., Any]:
     """``fn``, in which ``frozen`` gives what it is given, while it is traced."""
 
     def unfrozen(*args: Any, **named: Any) -> Any:
-        token = _is_differentiable.set(True)
-        try:
+        with _is_differentiable(True):
             return fn(*args, **named)
-        finally:
-            _is_differentiable.reset(token)
 
     return unfrozen
 
@@ -395,6 +394,15 @@ def policy_fn(apply_fn: Callable[..., Array], temperature: float | Array = 1.0) 
 
     known = temperature if isinstance(temperature, int | float) else None
     return Policy(apply_policy, temperature=known, takes_statistic=True)
+
+
+def best_of(best: Array | None, shape: tuple[int, ...], num_answers: int) -> Array:
+    """``Comparisons.best``, or zeros of the shape. ValueError if one is known to be no answer."""
+    places = known(best)
+    if places is not None and np.any((places < 0) | (places >= num_answers)):
+        found = f"{places.min()} to {places.max()}"
+        raise ValueError(f"comparisons.best must be from 0 to {num_answers - 1}, got {found}")
+    return jnp.zeros(shape, jnp.int32) if best is None else jnp.asarray(best)
 
 
 def response_log_probs(

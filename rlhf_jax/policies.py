@@ -14,7 +14,8 @@ import numpy as np
 from jax import Array
 from jax.tree_util import Partial
 
-from rlhf_jax.errors import logger
+from rlhf_jax import types
+from rlhf_jax.errors import warn_once
 from rlhf_jax.parallel import blocks
 from rlhf_jax.types import Demonstrations, DropoutKey, Params, PolicyFn, PolicyOutput, Rollout
 
@@ -107,11 +108,8 @@ class Policy:
             is_left_out = first > prompt_length
             where = f", which follow prompts of {prompt_length} slots"
         else:
-            mask = rollout.response_mask
-            is_known = not isinstance(mask, jax.core.Tracer)
-            is_known = is_known and getattr(mask, "is_fully_addressable", True)
-            # By NumPy: inside a jit jax.numpy would trace it, also where the mask is a constant.
-            is_left_out = is_known and bool(np.any(np.asarray(mask)[..., :first] != 0))
+            mask = types.known(rollout.response_mask)
+            is_left_out = mask is not None and bool(np.any(mask[..., :first] != 0))
             where = ""
         if is_left_out:
             raise ValueError(
@@ -142,19 +140,6 @@ def as_policy(fn: PolicyFn) -> Policy:
     return find_policy(fn) or Policy(fn)
 
 
-def unchecked(fn: Any, name: str = "policy_fn") -> str:
-    """One line that says what is not checked of a plain function, for whoever was given it; empty
-    for a Policy.
-    """
-    if find_policy(fn) is not None:
-        return ""
-    return (
-        f"{name} is a plain function: whether its temperature and its prompt_length are those of "
-        "the samples is not checked, and it computes columns that no loss reads; policies.wrap "
-        "keeps the settings of the policy that it calls"
-    )
-
-
 def wrap(outer: Callable[..., Any], fn: Callable[..., Any], *first: Any) -> Any:
     """``outer(fn, *first, ...)`` as a function of the other arguments: a Policy with the settings
     of ``fn`` if that is one, else a ``Partial``. What it carries travels through ``jit`` with it.
@@ -164,9 +149,6 @@ def wrap(outer: Callable[..., Any], fn: Callable[..., Any], *first: Any) -> Any:
         # A Partial of a Partial would hide the arrays of the inner one from jit.
         return Partial(outer, fn if isinstance(fn, Partial) else Partial(fn), *first)
     return replace(policy, fn=outer, bound=(policy, *first))
-
-
-_log_once = functools.cache(logger.info)
 
 
 def evaluate(
@@ -183,7 +165,7 @@ def evaluate(
     policy of ``models.policy_fn`` may leave out other columns, which are 0 then. Raises
     AssertionError unless its shape is that of the tokens, [B, T], and ValueError, with the ``name``
     of the function, if its settings do not fit the batch (``Policy.check``); a plain function has
-    none, which is logged once.
+    none, which a warning says once of samples whose temperature is known.
 
     Args:
         statistic: of the next-token distributions: ``statistic(logits, *arrays)``, of logits [...,
@@ -193,10 +175,15 @@ def evaluate(
             exist at once, and gradients flow through it. ValueError for a plain function.
         arrays: [B, T, ...] each.
     """
-    if line := unchecked(policy_fn, name):
-        _log_once(line)
+    policy, temperature = find_policy(policy_fn), getattr(batch, "temperature", None)
+    if policy is None and temperature is not None:
+        warn_once(
+            f"{name} is a plain function: whether its temperature is that of the samples, "
+            f"{temperature}, is not checked, nor its prompt_length, and it computes columns that "
+            "no loss reads; policies.wrap keeps the settings of the policy that it calls"
+        )
     how: Any = {"name": name, "statistic": statistic, "arrays": arrays}
-    return as_policy(policy_fn).bind(params).evaluate(batch, key, **how)
+    return (policy or Policy(policy_fn)).bind(params).evaluate(batch, key, **how)
 
 
 def by_rows(fn: Callable[..., Any], rows: int | None, *, group_size: int = 1) -> Callable[..., Any]:

@@ -14,8 +14,11 @@ from typing import Any, Literal, NamedTuple, NoReturn, Protocol, Self
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
+
+from rlhf_jax.errors import UserError
 
 Params = Any
 Metrics = dict[str, Array]  # scalars
@@ -123,6 +126,13 @@ class TrainState:
         return cls(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
 
 
+def known(x: Any) -> np.ndarray | None:
+    """The values of an array, by NumPy, since ``jax.numpy`` traces constants too. None under
+    ``jit``, and of an array that other processes hold too."""
+    is_known = not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
+    return np.asarray(x) if is_known and x is not None else None
+
+
 class _Rows:
     """Rows of a prompt and a response."""
 
@@ -207,8 +217,18 @@ class Rollout(_Rows):
     tokens. The components of a reward are here, before weights; NaN [B]: no score of this one."""
     group_ids: Array | None = flax.struct.field(default=None, kw_only=True)
     """[B] int32: rows with the same number are answers to one prompt."""
+    sampler_log_probs: Array | None = flax.struct.field(
+        metadata=PER_TOKEN, default=None, kw_only=True
+    )
+    """[B, T]: the ``log_probs`` of what sampled, where ``rescore`` has put others into their place.
+    Importance weights are made of these."""
     dense: bool = flax.struct.field(pytree_node=False, default=False, kw_only=True)
     """Whether the reward function gave ``rewards`` at tokens, whose places advantages keep."""
+
+    @property
+    def components(self) -> NoReturn:
+        """It went."""
+        raise AttributeError("Rollout.components went: they are in rollout.extras")
 
 
 def map_columns(fn: Callable[[Array], Any], rollout: Rollout) -> Rollout:
@@ -359,6 +379,21 @@ class AlgorithmConfig:
     def measure(self, logits: Array, *, teacher_logits: Array) -> Array:
         """[...] the divergence of a teacher's logits [..., V]."""
         raise NotImplementedError("a Config with needs_teacher has its own measure")
+
+
+def complete(config: Any, name: str = "the algorithm") -> None:
+    """Gives the class of a Config what ``AlgorithmConfig`` names and it does not have. UserError if
+    it is no frozen dataclass, or has a name that nothing reads any more."""
+    kind = type(config)
+    if hasattr(kind, "needs_components"):
+        went = "Config.needs_components went; Config.extras says what of rollout.extras is read"
+        raise UserError(f"{name}: {went}, {{name: 'row' or 'token'}}")
+    settings = getattr(kind, "__dataclass_params__", None)
+    if settings is None or not settings.frozen:
+        raise UserError(f"{name}: its Config must be a frozen dataclass, @dataclass(frozen=True)")
+    for key, value in vars(AlgorithmConfig).items():
+        if not key.startswith("_") and not hasattr(kind, key):
+            setattr(kind, key, value)
 
 
 class Algorithm(Protocol):

@@ -33,6 +33,18 @@ def policy_fn(
     return PolicyOutput(ops.token_log_probs(logits, tokens), ops.entropy(logits), values)
 
 
+def in_groups(batch, group_size):
+    """The rollout whose adjacent rows have the prompt of the first of their group."""
+    first = np.arange(len(batch.tokens)) // group_size * group_size
+    is_prompt = np.arange(batch.tokens.shape[1]) < np.argmax(np.any(batch.mask, axis=0))
+    prompts = {
+        name: jnp.where(is_prompt, x[first], x)
+        for name, x in vars(batch).items()
+        if name in ("tokens", "attention_mask")
+    }
+    return batch.replace(**prompts)
+
+
 def teacher_params():
     return policy_params(1)
 

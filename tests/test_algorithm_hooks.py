@@ -14,9 +14,10 @@ import numpy as np
 import optax
 import pytest
 import tabular
-from builders import goes_on_alike, initial_params, letters_run, with_rl
+from builders import ROOT, goes_on_alike, initial_params, letters_run, with_rl
 from jax.tree_util import Partial
 from numpy.testing import assert_allclose, assert_array_equal
+from pages import blocks
 
 from rlhf_jax import (
     TrainState,
@@ -47,13 +48,20 @@ UPDATE = {"policy_fn": tabular.policy_fn, "optimizer": optax.sgd(0.5)}
 
 def scored_rollout(scores):
     """Four rows of two prompts, with these scores alone."""
-    batch = tabular.rollout(0, (4, 2, 3, 4))
+    batch = tabular.in_groups(tabular.rollout(0, (4, 2, 3, 4)), 2)
     unset = dict.fromkeys(("rewards", "advantages", "returns", "importance_weights"))
-    return replace(batch, scores=jnp.array(scores), **unset)
+    return replace(batch, ref_log_probs=None, scores=jnp.array(scores), **unset)
 
 
 def module(name, **parts):
     return types.SimpleNamespace(__name__=name, **parts)
+
+
+@dataclass(frozen=True)
+class Bare:
+    """Nothing of ``AlgorithmConfig``."""
+
+    weight: float = 0.5
 
 
 # --- What samples
@@ -81,7 +89,19 @@ def respond(sample, prompts, key, *, model, policy, reference, config):
     )
 
 
-def test_an_algorithm_says_what_samples(tmp_path):
+def of_the_page(word, **names):
+    """What the block of docs/your-algorithm.md with this word defines."""
+    page = blocks(ROOT / "docs" / "your-algorithm.md")
+    [text] = [block.text for block in page if word in block.text]
+    exec(text, names := names | {"__name__": "page"})
+    return names
+
+
+DOCUMENTED = of_the_page("def respond(", jax=jax, jnp=jnp)["respond"]
+
+
+@pytest.mark.parametrize("respond", [respond, DOCUMENTED], ids=["here", "on the page"])
+def test_an_algorithm_says_what_samples(respond, tmp_path):
     seen = []
     config = with_rl(letters_run(tmp_path), num_iterations=3, validation_interval=9)
     optimizer = optax.sgd(3.0)
@@ -234,6 +254,7 @@ def test_a_row_that_is_held_out_is_never_chosen(tmp_path):
 def test_a_state_of_its_own_stays_where_a_step_is_not_finite():
     params = tabular.policy_params(0)
     batch = replace(scored_rollout([0.0, 1, 2, 4]), row_ids=jnp.array([0, 0, 1, 1]))
+    batch = replace(batch, ref_log_probs=batch.log_probs)
     state = Counting.create(params, UPDATE["optimizer"], 3)
     after, _ = COUNTING["update"](state, batch, jax.random.key(0), config=Halves(), **UPDATE)
     assert_array_equal(after.counts, [2, 2, 0])
@@ -283,6 +304,25 @@ def test_a_batch_must_have_whole_groups_in_each_minibatch():
     check(rloo.Config(group_size=2, num_minibatches=16), layout)
     with pytest.raises(UserError, match=r"rl.batch_size 16 does not divide by 16 mine.* 2 "):
         check(Whole(), layout)
+
+
+def test_an_update_is_told_the_groups():
+    """By their places, also where a run has put groups of other rollouts among them."""
+    seen = []
+
+    def update(state, batch, key, **how):
+        seen.append(batch.group_ids)
+        return state, {"nonfinite": jnp.float32(0)}
+
+    loop = iteration.LoopState.create(TrainState.create({}, UPDATE["optimizer"]), 0.0)
+    learn = functools.partial(
+        iteration.learn, algorithm=module("m", update=update), optimizer=UPDATE["optimizer"]
+    )
+    batch = scored_rollout([0.0, 1, 2, 3])
+    for given in (None, jnp.array([3, 3, 1, 1])):
+        with_ids = replace(batch, group_ids=given)
+        learn(loop, with_ids, None, iteration.Functions(tabular.policy_fn), config=Halves())
+    assert_array_equal(seen, [[0, 0, 1, 1], [3, 3, 1, 1]])
 
 
 def test_a_reward_is_told_the_groups():
@@ -430,6 +470,31 @@ def test_gradients_flow_through_updates_where_they_are_asked_for():
     assert ends[0] == ends[1]
 
 
+def test_a_jitted_loss_does_not_remember_how_it_was_traced_before():
+    """The gradient through a step, with respect to the importance weights, in both orders."""
+    batch = replace(scored_rollout([0.0, 1, 2, 4]), advantages=jnp.ones((4, 7)))
+    state = TrainState.create(tabular.policy_params(0), optax.sgd(0.05))
+
+    def gradients(*kinds):
+        loss = jax.jit(rloo.loss, static_argnames=("policy_fn", "config"))
+
+        def after(weight, update):
+            weighted = replace(batch, importance_weights=weight * batch.mask)
+            end, _ = update(
+                state, weighted, jax.random.key(0), config=rloo.Config(group_size=2), **UPDATE
+            )
+            return jnp.sum(jnp.sin(end.params["logits"]))
+
+        made = [
+            policy.updater(lambda batch, **_: batch, loss, differentiable=kind) for kind in kinds
+        ]
+        return [float(jax.grad(after)(1.0, update)) for update in made]
+
+    (exact, frozen), (frozen_first, exact_last) = gradients(True, False), gradients(False, True)
+    assert frozen == frozen_first == 0.0
+    assert exact == exact_last != 0.0
+
+
 def test_a_loss_whose_weights_are_constants_is_no_function_to_differentiate():
     update = policy.updater(grpo.prepare, grpo.loss, differentiable=True)
     batch = scored_rollout([0.0, 1, 2, 3])
@@ -530,6 +595,135 @@ def test_an_iteration_samples_as_its_algorithm_says():
     theirs = cold(reference, batch.tokens, batch.attention_mask, None).log_probs
     assert_allclose((batch.log_probs * batch.mask)[1::2], (theirs * batch.mask)[1::2], atol=1e-5)
     assert_array_equal(batch.group_ids, [0, 0, 1, 1])
+
+
+def test_an_iteration_gives_the_parts_of_its_prompts_samples_of_their_own():
+    """One key for both halves, and a reference that is the policy."""
+    prompts = jnp.ones((32, 2), jnp.int32)
+    _, _, batch = iterated(rloo, Halves(), prompts=prompts, respond=DOCUMENTED)
+    said = np.asarray(batch.tokens)[:, 2:]
+    assert np.mean(np.all(said[::2] == said[1::2], axis=1)) < 0.2
+    assert len(np.unique(said, axis=0)) > 16
+
+
+def iterated(
+    algorithm, config, prompts=PROMPTS, row_ids=None, respond=None, run=lambda f, *x: f(*x), **how
+):
+    """The state and the metrics of an iteration, and the rollout that its update got."""
+    params = initial_params(MODEL)
+    seen = []
+
+    def update(state, batch, *rest, **named):
+        seen.append(batch)
+        return algorithm.update(state, batch, *rest, **named)
+
+    parts = {**vars(algorithm), "update": update, "respond": respond}
+    watched = types.SimpleNamespace(**parts)
+    sizes = {} if row_ids is None else {"prompts": 3}
+    state = getattr(algorithm, "State", TrainState).create(params, OPTIMIZER, **sizes)
+    how = {"algorithm": watched, "config": config, "ref_fn": POLICY_FN.bind(params)} | how
+
+    @jax.jit
+    def step(state, key):
+        drawn = iteration.Prompts(prompts, jnp.ones_like(prompts), row_ids)
+        return *STEP(state, drawn, key, **how), seen[0]
+
+    return run(step, state, jax.random.key(2))
+
+
+def test_the_programs_of_the_page_are_iterations():
+    """What they say of a run holds there too."""
+    program = ROOT / "docs" / "programs"
+    exec((program / "gspo.py").read_text("utf-8"), vars(gspo := types.ModuleType("gspo")))
+    after, metrics, batch = iterated(gspo, gspo.Config(group_size=2))
+    assert after.step == 1
+    assert metrics["grad_norm"] > 0
+    exec((program / "pass_rates.py").read_text("utf-8"), vars(rates := types.ModuleType("rates")))
+    after, _, batch = iterated(rates, rates.Config(group_size=2), row_ids=jnp.array([2, 2, 0, 0]))
+    scores = np.asarray(batch.scores).reshape(2, 2).mean(axis=1)
+    expected = [0.7 * 0.5 + 0.3 * scores[1], 0.5, 0.7 * 0.5 + 0.3 * scores[0]]
+    assert_allclose(after.rates, expected, rtol=1e-6)
+    assert scores.max() > 0
+    rows = jnp.array([0, 2])
+    chosen = rates.choose(after, jax.random.key(0), rows=rows, number=2, config=rates.Config())
+    assert sorted(chosen.tolist()) == [0, 2]
+
+
+def test_the_components_of_the_page_are_those_of_a_rollout():
+    config = module("config", group_size=2)
+    batch = replace(scored_rollout([0.0, 1, 2, 4]), extras={"a": jnp.array([1, jnp.nan, 3, 4])})
+    names = {"grpo": grpo, "policy": policy, "jnp": jnp, "dataclass": dataclass}
+    names |= {"config": config, "rollout": batch, "name": "a"}
+    made = of_the_page("class Config(grpo", **names)
+    assert made["Config"](components=("a", "b")).extras == {"a": "row", "b": "row"}
+    assert_array_equal(made["mask"], [[True, False], [True, True]])
+    assert_array_equal(made["values"][1], [3, 4])
+
+
+def bare_prepare(rollout, *, config, axis_name=None):
+    assert (config.group_size, config.kl_in_loss, config.num_epochs) == (1, False, 1)
+    return policy.spread(config.weight * rollout.scores, rollout)
+
+
+def bare_loss(params, rollout, key, *, policy_fn, config):
+    output = ops.evaluate(policy_fn, params, rollout)
+    per_token = losses.policy_gradient(output.log_probs, rollout.advantages, rollout.mask)
+    return losses.aggregate(per_token, rollout.mask), {}
+
+
+BARE = {"Config": Bare, "update": policy.updater(bare_prepare, bare_loss)}
+
+
+def test_an_iteration_has_the_defaults_of_a_run():
+    """Of a Config without a group size, and of the KL penalty."""
+    by_group = {"reward_fn": lambda rollout: (1.0 * rollout.group_ids, {})}
+    _, metrics, batch = iterated(module("bare", **BARE), Bare(), **by_group)
+    assert metrics["grad_norm"] > 0
+    assert_array_equal(batch.group_ids, [0, 1, 2, 3])
+    assert_array_equal(batch.scores, batch.group_ids)
+    assert "kl/coef" not in metrics
+    of_two = {"config": rloo.Config(group_size=2)}
+    _, metrics, batch = iterated(rloo, **of_two)
+    assert metrics["kl/coef"] == np.float32(rloo.kl_coef)
+    assert_array_equal(batch.group_ids, [0, 0, 1, 1])
+    in_its_loss = {"config": grpo.Config(group_size=2)}
+    for algorithm, how, has_penalty in (
+        (rloo, of_two | {"kl_coef": 0.0}, False),
+        (rloo, of_two | {"kl_coef": jnp.float32(0.0)}, True),  # it may be another number
+        (grpo, in_its_loss, True),
+    ):
+        _, metrics, _ = iterated(algorithm, **how, run=jax.eval_shape)
+        assert ("objective/kl" in metrics) == has_penalty
+    with pytest.raises(UserError, match="its Config must be a frozen dataclass"):
+        iterated(module("bare", **BARE), types.SimpleNamespace(weight=0.5))
+
+
+def test_an_iteration_gives_the_log_probs_of_what_sampled():
+    @dataclass(frozen=True)
+    class Reads(rloo.Config):
+        extras = types.MappingProxyType({"sampler_log_probs": "token"})
+
+    _, metrics, batch = iterated(rloo, Reads(group_size=2))
+    assert_array_equal(batch.extras["sampler_log_probs"], batch.sampler_log_probs)
+    assert_allclose(batch.sampler_log_probs, batch.log_probs, atol=1e-5)
+    assert metrics["policy/sampler_gap"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "how", "says"),
+    [
+        (rloo, {"ref_fn": None}, r"give ref_fn=policy_fn\.bind\(params\)"),
+        (grpo, {"ref_fn": None}, r"give ref_fn=policy_fn\.bind\(params\)"),
+        (rloo, {"respond": respond, "ref_fn": POLICY_FN, "kl_coef": 0}, r"give ref_fn="),
+        (rloo, {"reward_fn": lambda rollout: rollout.log_probs[:, -1]}, r"\(scores, \{\}\), got"),
+        (rloo, {"reward_fn": lambda rollout: (rollout.log_probs[:, -1], 1.0)}, r"expected a pair"),
+    ],
+)
+def test_what_an_iteration_lacks_is_a_sentence(algorithm, how, says):
+    config = (grpo if algorithm is grpo else rloo).Config(group_size=2)
+    with pytest.raises(ValueError, match=says) as lacking:
+        iterated(algorithm, config, **how)
+    assert "\n" not in str(lacking.value).partition("\n----")[0]
 
 
 def test_a_command_is_a_stage_or_a_method():

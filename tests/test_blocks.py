@@ -103,6 +103,20 @@ def test_rows_are_mapped_block_by_block_and_stay_in_order():
     assert seen == [9, 16]
 
 
+def test_a_jitted_function_is_traced_apart_inside_a_block():
+    """Eight rows are divided over the devices, and the eight rows of a block are its own."""
+    double = jax.jit(lambda rows: blocks.map_rows(lambda block: 2 * block, rows))
+
+    def program(rows):
+        return double(rows[:8]), blocks.map_rows(double, rows)
+
+    rows = np.arange(64, dtype=np.float32)
+    for count in COUNTS:
+        first, whole = on(count, program, rows)
+        assert_array_equal(first, 2 * rows[:8])
+        assert_array_equal(whole, 2 * rows)
+
+
 def test_the_programs_of_a_stage_run_in_blocks():
     for count, expected in ((8, 8), (None, 0)):
         seen = []

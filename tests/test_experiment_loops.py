@@ -9,6 +9,7 @@ import shutil
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -71,6 +72,54 @@ def test_a_loop_goes_on_from_its_checkpoint_with_the_same_bits(name, folders, tm
         kl = re.findall(r"kl (-?[0-9.]+)", "\n".join(said))
         assert abs(float(kl[0])) == 0
         assert len(set(kl)) > 1
+
+
+@pytest.fixture(scope="module")
+def low(folders, tmp_path_factory):
+    """The same folders with models in bfloat16."""
+    path = tmp_path_factory.mktemp("low")
+    shutil.copytree(folders, path, dirs_exist_ok=True)
+    for name in ("model", "reward"):
+        model, params = models.load(path / name, jnp.bfloat16)
+        models.save(path / name, model, params)
+        _, params = models.load(path / name)
+        assert params["wte"]["embedding"].dtype == jnp.bfloat16
+    return path
+
+
+class Begun(Exception):
+    """Holds the parameters with which a loop begins."""
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_loop_begins_with_float32_master_weights(name, low, tmp_path, monkeypatch):
+    loop, settings = settings_of(name, low, tmp_path)
+
+    def create(params, optimizer):
+        raise Begun(params)
+
+    monkeypatch.setattr(loop.TrainState, "create", create)
+    with pytest.raises(Begun) as begun:
+        loop.main(settings)
+    (params,) = begun.value.args
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ppo_loop", "reward_model_loop", "dpo_loop"])
+def test_a_loop_moves_the_weights_of_a_bfloat16_folder(name, low, tmp_path):
+    """At a rate of 1e-6, which bfloat16 would round away."""
+    loop, settings = settings_of(name, low, tmp_path)
+    ends = [
+        jax.device_get(
+            loop.main(replace(settings, steps=2, learning_rate=rate, out=tmp_path / out))
+        )
+        for rate, out in ((1e-6, "moved"), (0.0, "still"))
+    ]
+    moved, still = (jax.tree.leaves(end.params) for end in ends)
+    assert {leaf.dtype for leaf in moved} == {np.dtype("float32")}
+    changed = [np.mean(a != b) for a, b in zip(moved, still, strict=True) if a.ndim > 1]
+    assert np.median(changed) > 0.9
 
 
 @pytest.mark.slow
@@ -167,8 +216,8 @@ def test_a_trained_reward_model_is_a_folder_that_scores(folders, tmp_path):
     loop, settings = settings_of("reward_model_loop", folders, tmp_path)
     state = loop.main(settings)
     model, params = models.load(tmp_path / "model")
-    tokens = jax.numpy.arange(8).reshape(2, 4)
-    mask = jax.numpy.ones_like(tokens)
+    tokens = jnp.arange(8).reshape(2, 4)
+    mask = jnp.ones_like(tokens)
     scores = models.score_fn(model)(params, tokens, mask, None)
     expected = models.score_fn(model)(state.params, tokens, mask, None)
     assert abs(scores - expected).max() < 1e-5

@@ -220,6 +220,20 @@ def test_nothing_is_collected_outside_of_an_update():
         auxiliary.add({})
 
 
+def test_a_jitted_policy_never_loses_the_terms_of_its_experts():
+    """Whether or not it was traced where nobody collects them, and each time."""
+    plain = models.policy_fn(models.build(SINGLE))
+    jitted = jax.jit(plain)
+    params = some_params(SINGLE)
+    state = TrainState.create(params, SGD)
+    update = partial(sft.update, optimizer=SGD, config=sft.Config(router_aux_coef=0.1))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"router_aux_coef: .*jitted"):
+            jax.eval_shape(partial(update, policy_fn=jitted), state, BATCH, None)
+        jax.eval_shape(jitted, params, BATCH.tokens, BATCH.attention_mask, None)
+    jax.eval_shape(partial(update, policy_fn=plain), state, BATCH, None)
+
+
 @pytest.mark.parametrize("trained", [False, True])
 def test_rl_leaves_routers_as_they_are_unless_asked(trained):
     """Weight decay too, and a value head with an optimizer of its own."""

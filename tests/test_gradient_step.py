@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_allclose, assert_array_equal
 from tabular import assert_close, assert_identical, every_way
 
-from rlhf_jax import gradient_step, losses, minibatch_epochs, models, rloo, sharding
+from rlhf_jax import errors, gradient_step, losses, minibatch_epochs, models, rloo, sharding
 from rlhf_jax.algorithms import lengths
 from rlhf_jax.types import Max, Mean, PolicyOutput, Rollout, TrainState
 
@@ -57,6 +57,24 @@ def test_the_state_is_kept_where_a_gradient_is_not_finite():
         if bad:
             assert_identical(state, before)
     assert state.step == 2
+
+
+def test_steps_that_rounding_undoes_are_counted_where_precision_is_low(caplog):
+    """At a rate of 1e-6 the bfloat16 1 stays 1, 1e-5 moves, and 2 has no gradient."""
+    rows = {"w": jnp.array([1.0, 1e-5, 2.0])}
+    optimizer = optax.sgd(1e-6)
+    loss_fn = lambda params: (Mean.of(params["w"][0] + params["w"][1]), {})  # noqa: E731
+    step = jax.jit(partial(gradient_step, loss_fn, optimizer=optimizer))
+    errors.warn_once.cache_clear()
+    for dtype, unmoved, moved in (("bfloat16", 0.5, [0, 1, 0]), ("float32", None, [1, 1, 0])):
+        params = jax.tree.map(partial(jnp.asarray, dtype=dtype), rows)
+        caplog.clear()
+        for _ in range(2):
+            state, metrics = step(TrainState.create(params, optimizer))
+        assert metrics.get("params/unmoved") == unmoved
+        assert_array_equal(state.params["w"] != params["w"], np.array(moved, bool))
+        said = [record for record in caplog.records if "master_weights" in record.message]
+        assert [record.levelname for record in said] == ["WARNING"] * (dtype == "bfloat16")
 
 
 def squares(params, part):
@@ -180,7 +198,7 @@ def test_an_update_of_rl_leaves_out_the_columns_that_no_row_of_a_part_needs(monk
         log_probs = params["w"] * jnp.ones(tokens.shape)
         return PolicyOutput(log_probs, entropy=-log_probs)
 
-    config = rloo.Config(group_size=2, num_microbatches=4)
+    config = rloo.Config(group_size=2, num_microbatches=4, kl_loss_coef=0.1)
     update = partial(rloo.update, policy_fn=policy_fn, optimizer=SGD, config=config)
     jax.eval_shape(update, TrainState.create({"w": 1.0}, SGD), ragged_rollout(), KEY)
     assert widths == {7, 11, 19}

@@ -374,7 +374,7 @@ def distilled(config, num_steps=120, rows=1024):
     optimizer = adam(num_steps)
 
     def one_iteration(state, uniform):
-        batch = tiny.draw(state.params, uniform)
+        batch = tiny.draw(state.params, uniform).replace(ref_log_probs=None)
         if config.teacher_coef == 1.0:
             batch = batch.replace(scores=None)
         return distill.update(

@@ -599,6 +599,15 @@ def test_bfloat16_compute_keeps_float32_parameters_and_logits():
     assert 1e-4 < np.mean(difference) < 0.1
 
 
+def test_master_weights_are_float32_copies_that_an_update_may_donate():
+    params = {"low": jnp.array([1.5, 3.0], jnp.bfloat16), "full": jnp.array([0.1])}
+    copies = models.master_weights(params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(copies)} == {jnp.dtype("float32")}
+    jax.tree.map(assert_array_equal, copies, params)
+    jax.tree.map(lambda leaf: leaf.delete(), copies)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
+
+
 @FAMILIES
 def test_resize_vocabulary_adds_mean_rows_to_every_table(config):
     model, params = tiny(config)

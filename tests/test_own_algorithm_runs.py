@@ -6,12 +6,15 @@ import types
 from dataclasses import replace
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import pytest
-from builders import ROOT, goes_on_alike, metric_rows, slow, soak
+from builders import ROOT, goes_on_alike, letters_run, metric_rows, slow, soak, with_rl
+from pages import blocks
 
-from rlhf_jax import ppo, training
-from rlhf_jax.config import PPOStage
+from rlhf_jax import config as config_package
+from rlhf_jax import grpo, ppo, rloo, training
+from rlhf_jax.config import Network, PPOStage, RunConfig
 from rlhf_jax.report import page
 
 
@@ -57,6 +60,34 @@ def test_it_trains_resumes_and_reports(make, config, tmp_path, monkeypatch):
         json.loads((straight.folder / "manifest.json").read_text("utf-8"))["stage"]
         == algorithm.__name__
     )
+
+
+class Table(nn.Module):
+    """The network that the page calls ``module``."""
+
+    @nn.compact
+    def __call__(self, tokens, attention_mask):
+        return nn.Dense(512)(nn.Embed(512, 8)(tokens))
+
+
+RUNS = [text for _, text, _ in blocks(ROOT / "docs" / "your-algorithm.md") if "rl.run(" in text]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", RUNS, ids=["module", "optimizer", "policy", "callback"])
+def test_the_runs_of_the_page_run(text, tmp_path, monkeypatch):
+    """With the settings of a short run in place of the command line's."""
+    settings = with_rl(letters_run(tmp_path), num_iterations=2, kl_coef=None)
+    of_two = grpo.Config(group_size=2)
+    settings = replace(settings, grpo=of_two, rloo=rloo.Config(group_size=2))
+    if "from_functions" in text:
+        settings = replace(settings, network=Network())
+    monkeypatch.setattr(config_package, "parse", lambda *_, **__: settings)
+    monkeypatch.setitem(sys.modules, "gspo", gspo())
+    names = {"training": training, "grpo": grpo, "module": Table(), "RunConfig": RunConfig}
+    exec(text, names | {"parse": config_package.parse, "__name__": "page"})
+    ends_early = "on_step" in text  # the scores are above its limit
+    assert metric_rows(tmp_path / "first")[-1]["step"] == (1 if ends_early else 2)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 checked of a plain function.
 """
 
+import re
 from functools import partial
 
 import jax
@@ -12,7 +13,7 @@ from builders import initial_params
 from jax.tree_util import Partial
 from numpy.testing import assert_allclose, assert_array_equal
 
-from rlhf_jax import grpo, models, ops, policies
+from rlhf_jax import errors, grpo, models, ops, policies
 from rlhf_jax.policies import Policy
 from rlhf_jax.types import Demonstrations, PolicyOutput, Rollout
 
@@ -87,7 +88,6 @@ def test_settings_reach_what_is_made_of_a_policy(fn):
     policy = policies.find_policy(fn)
     assert (policy.temperature, policy.prompt_length) == (0.5, 2)
     assert policy.takes_response_mask
-    assert policies.unchecked(fn) == ""
     params = initial_params(MODEL)
     scale = 2.0 if policy.fn is twice else 1.0
     expected = scale * jax.jit(POLICY)(params, *INPUTS).log_probs
@@ -100,12 +100,9 @@ def test_settings_reach_what_is_made_of_a_policy(fn):
     [lambda *arguments: POLICY(*arguments), partial(twice, POLICY, 2.0), Partial(twice, POLICY)],
     ids=["a lambda", "a partial of another function", "a Partial of another function"],
 )
-def test_a_plain_function_is_used_unchecked_and_one_line_says_so(fn):
+def test_a_plain_function_is_used_unchecked(fn):
     """Another temperature, longer prompts: nothing is known of it."""
     assert policies.find_policy(fn) is None
-    says = policies.unchecked(fn, "ref_fn")
-    assert says.startswith("ref_fn is a plain function: ")
-    assert "\n" not in says
     policies.as_policy(fn).check(drawn(temperature=2.0, prompt_length=1))
     with pytest.raises(ValueError, match=r"policy_fn has temperature 0\.5"):
         POLICY.check(drawn(temperature=2.0))
@@ -165,16 +162,20 @@ def test_a_policy_reads_from_the_batch_where_its_responses_begin(jits):
             assert np.all(found.log_probs[:, max(first, 1) :] != 0)
 
 
-def test_a_plain_function_is_said_once_to_be_unchecked(caplog):
-    policies._log_once.cache_clear()
-    batch = Demonstrations(*(jnp.ones((1, 2), jnp.int32) for _ in range(3)))
+def test_a_plain_function_is_warned_of_once_where_samples_know_their_temperature(caplog):
+    errors.warn_once.cache_clear()
+    ones = jnp.ones((1, 2), jnp.int32)
+    texts = Demonstrations(ones, ones, ones)
+    samples = Rollout(ones, ones, ones, 1.0 * ones, temperature=0.5)
     policy = Policy(lambda params, tokens, *more: PolicyOutput(tokens * 1.0, tokens * 1.0))
-    with caplog.at_level("INFO", "rlhf_jax"):
-        policies.evaluate(policy, {}, batch)
-        assert not caplog.text
-        for _ in range(2):
-            policies.evaluate(policy.fn, {}, batch)
-    assert caplog.text.count("policy_fn is a plain function") == 1
+    for fn, batch in ((policy, samples), (policy.fn, texts), (policy.fn, drawn())):
+        policies.evaluate(fn, {}, batch)
+    assert not caplog.text
+    for _ in range(2):
+        policies.evaluate(policy.fn, {}, samples)
+    [said] = caplog.records
+    assert said.levelname == "WARNING"
+    assert re.match(r"policy_fn is a plain function: .*temperature .* 0\.5", said.message)
 
 
 def test_what_is_wrapped_keeps_its_arrays_as_leaves():

@@ -2,6 +2,7 @@
 RL, and the advantages of steps in GRPO.
 """
 
+import functools
 import json
 from dataclasses import replace
 
@@ -39,7 +40,7 @@ from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.graders import spec
 from rlhf_jax.models import hf
 from rlhf_jax.training.common import reward_models
-from rlhf_jax.types import Demonstrations, Rollout
+from rlhf_jax.types import Comparisons, Demonstrations, Rollout
 
 SUM = {"prompt": "1+2?", "completions": ["a=1", "a+2=3", "3"], "labels": [True, False, 1]}
 
@@ -211,6 +212,31 @@ def test_only_ends_count_and_microbatches_change_nothing():
         assert metrics["loss"] == pytest.approx(each.mean(), abs=1e-6)
         expected = np.where(marks == 2, right - 1, right) * (marks != 0) / len(each)
         assert_allclose(scores - after.params.reshape(4, 6), expected, atol=1e-6)
+
+
+def test_the_mask_of_sft_marks_no_steps():
+    """Each token of a response, where only the last of each step is one."""
+    with pytest.raises(ValueError, match=r"response_mask marks whole responses.*2 if .*right"):
+        loss_of(jnp.zeros((2, 4)), np.array([[0, 1, 1, 1], [0, 0, 1, 1]]))
+    for marks in ([[0, 1, 0, 1], [0, 0, 1, 0]], [[0, 1, 1, 2], [0, 0, 1, 1]], [[0] * 4] * 2):
+        loss_of(jnp.zeros((2, 4)), np.array(marks))
+
+
+@pytest.mark.parametrize("at_tokens", [False, True])
+def test_steps_are_scored_at_their_tokens_and_answers_are_not(at_tokens):
+    marks = np.array([[0, 0, 2, 0], [0, 1, 0, 1]])
+    steps = Demonstrations(marks, np.ones_like(marks), marks)
+    answers = Comparisons(*(jnp.stack([x, x], axis=1) for x in vars(steps).values()))
+    model = small()
+    params = models.add_head(jax.random.key(1), initial_params(model), "score")
+    score_fn = models.score_fn(model, at_tokens=at_tokens)
+    for batch, is_right in ((steps, at_tokens), (answers, not at_tokens)):
+        score = functools.partial(reward_model.answer_scores, score_fn, params, batch)
+        if is_right:
+            assert jax.eval_shape(score).shape == ((2, 4) if at_tokens else (2, 2))
+        else:
+            with pytest.raises(ValueError, match=r"Demonstrations .* at_tokens=True.*Comparisons"):
+                jax.eval_shape(score)
 
 
 def small(vocab_size=32):
@@ -499,7 +525,7 @@ def test_advantages_of_steps(scale):
 
 def test_an_update_learns_from_the_advantages_of_steps():
     """Its step is that of the token losses with the advantages of the loops."""
-    batch = tabular.rollout(0, (4, 2, 3, 4))
+    batch = tabular.in_groups(tabular.rollout(0, (4, 2, 3, 4)), 2)
     unset = dict.fromkeys(("scores", "advantages", "returns", "importance_weights"))
     ends = np.random.default_rng(0).integers(0, 2, batch.tokens.shape)
     batch = replace(batch, extras={"step_end": jnp.asarray(ends, jnp.float32)}, dense=True, **unset)

@@ -521,6 +521,7 @@ class Watched:
 
     def update(self, state, rollout, key, **options):
         self.seen.append({name: x.ndim for name, x in rollout.extras.items()})
+        assert rollout.group_ids.shape == rollout.scores.shape
         return grpo.update(state, rollout, key, **options)
 
 
@@ -529,7 +530,7 @@ def test_an_algorithm_gets_the_extras_that_it_declares():
     given = {"count:e": rows, "other": rows, "sampler_log_probs": tokens}
     rollout = Rollout(*[tokens] * 4, extras=given, group_ids=rows)
     read, key, _ = loop._update_arguments(rl_job(own=grpo.Config()), rollout, "key")
-    assert (read.extras, read.group_ids, key) == (None, None, "key")
+    assert (read.extras, read.group_ids, key) == (None, None, "key")  # see iteration.learn
     watched = rl_job(own=Watched.Config())
     read, _, _ = loop._update_arguments(watched, rollout, "key")
     assert sorted(read.extras) == ["count:e", "sampler_log_probs"]

@@ -492,6 +492,8 @@ def test_prompts_padded_on_the_right_are_refused_where_their_values_are_known():
         sampling.generate(*arguments, config=config)
     with pytest.raises(ValueError, match=r"padded on the left: .* first in row 2"):
         rollout.collect(*arguments, sampling=config, policy_fn=None)
+    with pytest.raises(ValueError, match="padded on the left"):  # constants of a jit
+        jax.eval_shape(lambda: sampling.generate(*arguments, config=config))
     sample = partial(sampling.generate, MODEL, config=config)
     jax.eval_shape(sample, *arguments[1:])  # traced: nothing is known
 

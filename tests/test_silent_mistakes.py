@@ -2,7 +2,9 @@
 place.
 """
 
+from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 
 import flax.struct
 import jax
@@ -14,12 +16,13 @@ from builders import initial_params, slow
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import Partial
 from numpy.testing import assert_allclose, assert_array_equal
-from tabular import policy_fn, policy_params
+from tabular import comparisons, policy_fn, policy_params, score_fn
 from tabular import rollout as tabular_rollout
 
 from rlhf_jax import (
     advantages,
     distill,
+    dpo,
     gradient_step,
     grpo,
     iteration,
@@ -28,19 +31,33 @@ from rlhf_jax import (
     minibatch_epochs,
     models,
     ops,
+    policies,
     ppo,
+    reward_model,
     rewards,
     rloo,
     rollout,
     sampling,
     vpg,
 )
+from rlhf_jax.algorithms import maxrl, policy
 from rlhf_jax.algorithms.lengths import can_cut
+from rlhf_jax.config import RunConfig, for_algorithm
 from rlhf_jax.data.tokenizers import characters
+from rlhf_jax.errors import UserError
 from rlhf_jax.parallel import blocks, sharding
 from rlhf_jax.rewards import functions
 from rlhf_jax.training.supervised import normalization
-from rlhf_jax.types import PER_TOKEN, Feedback, Max, Mean, Rollout, TrainState
+from rlhf_jax.types import (
+    PER_TOKEN,
+    Feedback,
+    Max,
+    Mean,
+    PolicyOutput,
+    Rollout,
+    TrainState,
+    map_columns,
+)
 
 KEY = jax.random.key(0)
 SGD = optax.sgd(1.0)
@@ -345,6 +362,182 @@ def test_an_id_outside_the_vocabulary_has_no_log_probability_and_no_gradient():
         assert_allclose(value, -np.log(13.0), rtol=1e-6)  # of the 2 alone
         assert np.all(np.isfinite(gradient))
         assert_array_equal(np.asarray(gradient)[0, 1:], 0.0)
+
+
+# --- Batches that an update would misread
+
+
+def answers_of(prompts, **fields):
+    """Rows of a prompt, whose pads are 0, two tokens of response and a pad, with scores alone."""
+    prompts = np.asarray(prompts)
+    tokens = np.pad(prompts, ((0, 0), (0, 3)), constant_values=3)
+    column = np.arange(tokens.shape[1]) - prompts.shape[1]
+    said = np.broadcast_to((column == 0) | (column == 1), tokens.shape).astype(np.int32)
+    real = said | np.pad(prompts != 0, ((0, 0), (0, 3)))
+    scores = np.arange(len(tokens), dtype=np.float32)
+    zeros = np.zeros(tokens.shape, np.float32)
+    return Rollout(tokens, real, said, zeros, scores=scores, **fields)
+
+
+def updated(module, batch, **settings):
+    config = module.Config(**settings)
+    state = getattr(module, "State", TrainState).create(policy_params(0), SGD)
+    how = {"policy_fn": policy_fn, "optimizer": SGD, "config": config}
+    return module.update(state, batch, KEY, **how)
+
+
+PAIRS = answers_of([[0, 1], [0, 1], [2, 4], [2, 4]])
+SCORES_ALONE = {"group_size": 2, "kl_loss_coef": 0.0}
+MISREAD = {
+    "another prompt": (answers_of([[0, 1], [0, 2], [2, 4], [2, 4]]), "row 1: its prompt"),
+    "another pad": (answers_of([[0, 1], [0, 1], [2, 4], [0, 4]]), "row 3: its prompt"),
+    "larger groups": (PAIRS.replace(group_ids=np.zeros(4, int)), "row 0: group_size 2"),
+    "other groups": (PAIRS.replace(group_ids=np.array([5, 5, 1, 2])), "row 2: group_size 2"),
+    "pads": (PAIRS.replace(response_mask=np.ones((4, 5), int)), "row 0: response_mask"),
+    "one pad": (
+        PAIRS.replace(response_mask=PAIRS.response_mask + np.outer([0, 0, 0, 1], [0, 0, 0, 0, 1])),
+        "row 3: response_mask",
+    ),
+    "prompts": (PAIRS.replace(prompt_length=3), "row 0: response_mask"),
+}
+READ = {
+    "groups by any number": PAIRS.replace(group_ids=np.array([7, 7, 0, 0])),
+    "a missing row": answers_of([[0, 1], [0, 1], [3, 3], [2, 4]]).replace(
+        response_mask=PAIRS.response_mask * np.array([[1], [1], [0], [1]])
+    ),
+    "pads of any id": PAIRS.replace(tokens=PAIRS.tokens + np.outer([0, 9, 0, 0], [1, 0, 0, 0, 0])),
+    "prompts that are known": PAIRS.replace(prompt_length=2),
+}
+
+
+@pytest.mark.parametrize("made", MISREAD)
+def test_a_rollout_that_an_update_would_misread_is_refused_where_it_is_known(made):
+    batch, says = MISREAD[made]
+    update = partial(updated, grpo, **SCORES_ALONE)
+    with pytest.raises(ValueError, match=f"^rollout, {says}") as refused:
+        update(batch)
+    assert "\n" not in str(refused.value)
+    with pytest.raises(ValueError, match=says):  # a constant of a jit
+        jax.eval_shape(lambda: update(batch))
+    jax.eval_shape(update, batch)  # traced: nothing is known
+
+
+@pytest.mark.parametrize("made", READ)
+def test_a_rollout_that_an_update_reads_is_used(made):
+    jax.eval_shape(lambda: updated(grpo, READ[made], **SCORES_ALONE))
+
+
+def test_rows_that_are_not_compared_may_have_any_prompt_and_group():
+    batch, _ = MISREAD["another prompt"]
+    batch = batch.replace(group_ids=np.zeros(4, int))
+    jax.eval_shape(lambda: updated(rloo, batch, baseline="batch", group_size=1))
+
+
+@pytest.mark.parametrize("module", [rloo, grpo, maxrl, distill])
+def test_a_reference_from_which_nothing_is_learned_is_refused(module):
+    """In the reward or in the loss; of VPG it may be for a metric."""
+    with_reference = PAIRS.replace(ref_log_probs=PAIRS.log_probs)
+    update = partial(updated, module, group_size=2)
+    with pytest.raises(ValueError, match="no KL is learned from: set kl_loss_coef"):
+        jax.eval_shape(partial(update, kl_loss_coef=0.0), with_reference)
+
+
+def test_a_reference_from_which_something_is_learned_is_used():
+    with_reference = PAIRS.replace(ref_log_probs=PAIRS.log_probs)
+    shaped = with_reference.replace(rewards=PAIRS.log_probs)
+    for module, batch, settings in (
+        (grpo, with_reference, {"group_size": 2}),
+        (grpo, shaped, SCORES_ALONE),
+        (vpg, with_reference, {}),
+    ):
+        jax.eval_shape(partial(updated, module, **settings), batch)
+
+
+def test_importance_weights_are_those_of_what_sampled_however_often_rows_are_scored():
+    """Sampled at log-prob -1, scored by policies at -1/2, -1/4 and -2."""
+    given = PAIRS.replace(log_probs=-1.0 * PAIRS.response_mask)
+    at = lambda params, tokens, *_: PolicyOutput(params * jnp.ones(tokens.shape), None)  # noqa: E731
+    policy = policies.Policy(at)
+    once = rollout.rescore(given, -0.5, policy_fn=policy)
+    for value in (-0.25, -2.0):
+        scored = rollout.rescore(once, value, policy_fn=policy, importance_cap=10.0)
+        assert_allclose(scored.importance_weights, np.exp(value + 1.0) * given.response_mask)
+        assert_array_equal(scored.log_probs, value * given.response_mask)
+        assert_array_equal(scored.sampler_log_probs, given.log_probs)
+    assert map_columns(lambda x: x[:, :3], scored).sampler_log_probs.shape == (4, 3)
+
+
+def test_labels_that_a_loss_does_not_read_are_refused():
+    """The margin of DPO, under jit too, and places of the best that are none."""
+    pairs = comparisons(0, 3, 2).replace(ref_log_probs=jnp.zeros((3, 2)))
+    two, four = policy_params(0), {"scores": jnp.arange(5.0)}
+    by_dpo = partial(dpo.loss, two, key=None, policy_fn=policy_fn, config=dpo.Config())
+    scored = {"score_fn": score_fn, "config": reward_model.Config()}
+    by_scores = partial(reward_model.loss, four, key=None, **scored)
+    with pytest.raises(ValueError, match=r"margin .*leave it out"):
+        jax.eval_shape(by_dpo, pairs.replace(margin=jnp.ones(3)))
+    of_four = comparisons(0, 3, 4)
+    for loss, batch, last in ((by_dpo, pairs, 1), (by_scores, pairs, 1), (by_scores, of_four, 3)):
+        loss(batch.replace(best=np.array([0, last, 0])))
+        for wrong in (-1, last + 1):
+            with pytest.raises(ValueError, match=f"from 0 to {last}, got .*{wrong}"):
+                loss(batch.replace(best=np.array([0, wrong, 0])))
+
+
+@pytest.mark.parametrize("weight", [-0.1, 1.1, float("nan")])
+def test_a_mixture_has_a_weight_from_0_to_1(weight):
+    with pytest.raises(ValueError, match="mixture's weight must be at"):
+        sampling.mixture(MODEL, weight)
+    assert sampling.mixture(MODEL, 1.0) == sampling.mixture(MODEL, 1.0)
+
+
+def test_rows_of_a_mapped_axis_need_its_name():
+    """Where each device has a run of its own, its parameters vary too."""
+    mesh = sharding.make_mesh(2, fsdp=2, devices=jax.devices()[:4])
+    loss = lambda params, part: (Mean.of(params[0] * part[:, 0]), {})  # noqa: E731
+
+    def step(state, part, axis_name):
+        return gradient_step(loss, state, SGD, batch=part, axis_name=axis_name)[0].params
+
+    def mapped(axis_name, axes, of_params):
+        state = TrainState.create(jnp.zeros(4), SGD)
+        specs = TrainState(P(), of_params, SGD.init(None))
+        part = partial(step, axis_name=axis_name)
+        own = jax.shard_map(part, mesh=mesh, in_specs=(specs, P(axes)), out_specs=of_params)
+        return jax.eval_shape(own, state, jnp.ones((8, 4)))
+
+    both = ("data", "fsdp")
+    mapped("data", "data", P())
+    mapped(both, both, P())
+    mapped(None, "data", P("data"))
+    for named, axes, unnamed in ((None, "data", "data"), ("data", both, "fsdp")):
+        with pytest.raises(
+            ValueError, match=rf"mapped over {unnamed}: give .*{unnamed} as axis_name"
+        ):
+            mapped(named, axes, P())
+
+
+# --- Names that went
+
+
+def test_a_name_that_went_says_what_took_its_place():
+    with pytest.raises(AttributeError, match=r"went: they are in rollout\.extras"):
+        PAIRS.components  # noqa: B018
+    with pytest.raises(AttributeError, match=r"'of_rows'; it went: policy\.loss reads Config\.rat"):
+        policy.of_rows  # noqa: B018
+    with pytest.raises(AttributeError, match=r"no attribute 'of_row'$"):
+        policy.of_row  # noqa: B018
+
+    @dataclass(frozen=True)
+    class Old(rloo.Config):
+        needs_components: bool = True
+
+    for use in (
+        lambda: rloo.update(None, PAIRS, KEY, policy_fn=None, optimizer=SGD, config=Old()),
+        lambda: for_algorithm(RunConfig(), SimpleNamespace(__name__="old", Config=Old), Old()),
+    ):
+        with pytest.raises(UserError, match=r"Config\.needs_components .*Config\.extras says"):
+            use()
 
 
 # --- Arguments in one order

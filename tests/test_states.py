@@ -31,7 +31,9 @@ EXACT = {"atol": 1e-6, "rtol": 1e-5}
 def batch_of(scores, row_ids, lengths=None, seed=0, **fields):
     """Rows with responses of these lengths, a 0 among them a missing row."""
     batch = tabular.rollout(seed, lengths or (4, 2, 3, 4, 0, 3)[: len(scores)])
-    unset = dict.fromkeys(("rewards", "advantages", "returns", "importance_weights"))
+    unset = dict.fromkeys(
+        ("rewards", "advantages", "returns", "importance_weights", "ref_log_probs")
+    )
     given = {"scores": jnp.float32(np.array(scores)), "row_ids": jnp.array(row_ids)}
     return replace(batch, **unset, **given, **fields)
 
@@ -241,6 +243,17 @@ def test_scores_that_are_no_rates_of_success_stop_the_run(module, score):
     assert_array_equal(after.alpha, [1.0, 1.0])
 
 
+@pytest.mark.parametrize("module", [spo, curriculum], ids=names)
+def test_a_record_of_prompts_needs_the_number_of_each_row_s_prompt(module):
+    """Without numbers, rows as many as prompts would be counted one by one."""
+    params = tabular.policy_params(0)
+    batch = replace(batch_of([1.0, 0.0], [0, 1]), row_ids=None)
+    state = spo_state(params, [1.0] * 2, [1.0] * 2, [0.0] * 2, 0.0)
+    config = module.Config(**({} if module is spo else {"group_size": 2, "kl_loss_coef": 0.0}))
+    with pytest.raises(ValueError, match=r"rollout\.row_ids is needed.*number of its prompt"):
+        moved(module, state, batch, config)
+
+
 def test_a_clipped_score_does_not_reverse_what_safe_rlhf_prefers():
     """The rewards of a run may be other than scores minus a penalty."""
     params = tabular.policy_params(0)
@@ -371,6 +384,7 @@ def test_an_empty_buffer_teaches_nothing():
     how = {"policy_fn": ops.policy_fn(mean_of_prompts), "optimizer": optax.sgd(RATE)}
     config = replay.Config(group_size=2, kl_loss_coef=0.1)
     batch = batch_of([0.0, 1.0, 3.0, 2.0], [0, 0, 1, 1], prompt_length=3)
+    batch = tabular.in_groups(replace(batch, ref_log_probs=batch.log_probs - 0.2), 2)
     state = replay.State.create(params, how["optimizer"], rows=4, columns=9)
     assert old_rows(state, batch, config)[0].prompt_length == 5
     found, _ = replay.update(state, batch, KEY, config=config, **how)
@@ -515,7 +529,8 @@ def test_devices_share_the_state(algorithm):
     scores = [1.0, 0.2, 0.4, 0.9, 0.0, 0.3, 0.5, 0.1]
     batch = batch_of(scores, [0, 0, 1, 1, 2, 2, 0, 0], (4, 2, 3, 1, 0, 0, 2, 4))
     batch = replace(batch, extras={"cost": jnp.arange(8.0) - 2.0})
-    config = algorithm.Config(**{} if algorithm is spo else {"group_size": 2})
+    settings = {"group_size": 2, "kl_loss_coef": 0.0}
+    config = algorithm.Config(**{} if algorithm is spo else settings)
     how = {"prompts": 3} if algorithm is not safe_rlhf else {}
     state = algorithm.State.create(tabular.policy_params(0), HOW["optimizer"], **how)
     if algorithm is not safe_rlhf:

@@ -26,7 +26,7 @@ from rlhf_jax.config import (
     data_source,
     model_source,
 )
-from rlhf_jax.data import tokenizers
+from rlhf_jax.data import batches, tokenizers
 from rlhf_jax.data.rows import places
 from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.generation.generator import LanguageModel
@@ -141,6 +141,17 @@ def test_rows_with_equal_prompts_stay_together(stage, config, capsys):
     assert (len(set(train)), len(set(held_out))) == (12, 4)
     kind = getattr(training, stage).TASK.kind
     assert f"{kind}: {len(held_out)} rows of 4 prompts held out\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", ["reward_model", "dpo"])
+def test_margins_are_of_reward_models_alone(stage, config, tmp_path, capsys):
+    """DPO refuses them in a batch; its data may have them, which a line says are not read."""
+    rows = [{"prompt": c, "chosen": "yes", "rejected": "no", "margin": 2.0} for c in LETTERS]
+    (tmp_path / "margins.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = read(replace(config, data=(str(tmp_path / "margins.jsonl"),)), stage)
+    batch = batches.comparison_batch(found.encoded, found.train_rows)
+    assert (batch.margin is None) == (stage == "dpo")
+    assert ("margin" in capsys.readouterr().out) == (stage == "dpo")
 
 
 @pytest.mark.parametrize("stage", STAGES)

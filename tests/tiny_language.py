@@ -144,7 +144,7 @@ def draw(params_now, uniform):
     """Responses drawn from that list by uniform numbers [B]: what sampling token by token gives, in
     one step.
     """
-    listed = every_response(params_now)
+    listed = every_response(params_now).replace(sampler_log_probs=None)  # its own are
     cumulative = jnp.cumsum(jnp.exp(jnp.sum(listed.log_probs, axis=1)))
     drawn = jnp.searchsorted(cumulative, uniform * cumulative[-1])
     return jax.tree.map(lambda x: jnp.asarray(x)[drawn], listed)

@@ -101,8 +101,8 @@ def loss(
 ) -> LossAndMetrics:
     """The weighted mean of ``losses.dpo`` over pairs whose two answers are both present.
 
-    Weights are relative: the loss divides by their sum. ``margin`` is a reward model's and is not
-    read.
+    Weights are relative: the loss divides by their sum. A ``margin``, which is a reward model's, is
+    a ValueError.
 
     Args:
       comparisons: [B, 2, T] with ``ref_log_probs`` [B, 2], which are not read if the config needs
@@ -127,6 +127,8 @@ def pair_loss(log_probs: Array, comparisons: Comparisons, config: Config) -> Los
     """``loss`` of answers whose log-probabilities under the policy are known, [B, 2] or [B, C,
     2]."""
     chex.assert_shape(log_probs, (..., 2))  # a ranking is several pairs
+    if comparisons.margin is not None:
+        raise ValueError("comparisons.margin is a reward model's: leave it out; simpo has gamma")
     log_ratios = log_probs
     if config.needs_reference:
         if comparisons.ref_log_probs is None:
@@ -142,9 +144,7 @@ def pair_loss(log_probs: Array, comparisons: Comparisons, config: Config) -> Los
     present = jnp.all(lengths > 0, axis=-1)  # [B] or [B, C]
     weight = losses.row_weights(comparisons.weight, present=present)
     log_ratios = losses.readable(log_ratios, weight[..., None])
-    best = jnp.zeros(weight.shape, jnp.int32)
-    if comparisons.best is not None:
-        best = jnp.asarray(comparisons.best)
+    best = ops.best_of(comparisons.best, weight.shape, 2)
     order = jnp.stack([best, 1 - best], axis=-1)
     chosen, rejected = _in_order(log_ratios, order)
     per_pair = losses.dpo(

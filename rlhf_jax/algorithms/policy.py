@@ -8,11 +8,12 @@ nowhere.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
@@ -33,6 +34,8 @@ from rlhf_jax.types import (
     Rollout,
     StepMetrics,
     TrainState,
+    complete,
+    known,
 )
 
 # The largest ratio that the KL term is multiplied by: a token with a larger one is an outlier.
@@ -171,9 +174,43 @@ def outcomes(rollout: Rollout) -> Array:
     """[B] the scores, before penalties; NaN outside [0, 1], so that the step reports
     ``nonfinite``: they are no rates of success.
     """
-    scores = field(rollout, "scores", ndim=1)
+    scores = field(rollout, "scores", "call a reward function", ndim=1)
     is_rate = (scores >= 0) & (scores <= 1) | ~rollout.present
     return jnp.where(is_rate, scores, jnp.nan)
+
+
+def check(rollout: Rollout, config: Any) -> None:
+    """Raises ValueError for a rollout that an update would misread: reference log-probs that are
+    not read and, where values are known, responses on prompts or pads, or groups that are none."""
+    is_unread = rollout.ref_log_probs is not None and rollout.rewards is None
+    if is_unread and isinstance(config, Config) and not config.kl_in_loss:
+        raise ValueError(
+            "rollout.ref_log_probs are given, and no KL is learned from: set kl_loss_coef, or give "
+            "rewards=rewards.kl_shaped(rollout, kl_coef); or ref_log_probs=None"
+        )
+    names = ("tokens", "attention_mask", "response_mask", "group_ids")
+    tokens, real, mask, ids = (known(getattr(rollout, name)) for name in names)
+    if tokens is None or real is None or mask is None:
+        return
+    said, present = mask != 0, mask.any(axis=1)
+    length = rollout.prompt_length
+    is_prompt = np.arange(mask.shape[1]) < (np.argmax(said.any(0)) if length is None else length)
+    outside = np.any(said & (is_prompt | (real == 0)), axis=1)
+    faults = {"response_mask covers its prompt or pads: mark the policy's own tokens": outside}
+    size = config.group_size
+    if size > 1 and len(tokens) % size == 0:
+        group = np.arange(len(tokens)) // size
+        first = group * size + present.reshape(-1, size).argmax(axis=1)[group]
+        prompts = np.where(real != 0, tokens, -1)[:, is_prompt]
+        is_other = np.any(prompts != prompts[first], axis=1) & present
+        faults[f"its prompt is not that of its group (group_size {size}): sort the rows"] = is_other
+        if ids is not None:
+            together = (ids[:, None] == ids) == (group[:, None] == group)
+            contradicts = f"group_size {size} contradicts group_ids: sort the rows, or change it"
+            faults[contradicts] = ~together.all(axis=1)
+    for fault, rows in faults.items():
+        if rows.any():
+            raise ValueError(f"rollout, row {np.argmax(rows)}: {fault}")
 
 
 def check_unprepared(rollout: Rollout) -> None:
@@ -368,7 +405,8 @@ def updater(
 
     Its metrics are those of ``loss`` with ``loss``, ``grad_norm`` and ``nonfinite``, averaged over
     the steps (``ratio_max``, ``nonfinite``: the maximum), and ``rollout_metrics``. Its config is a
-    ``Batching``, or any object with the passes and batches of ``types.AlgorithmConfig``.
+    ``Batching``, or any frozen dataclass; what it leaves out is that of ``types.AlgorithmConfig``.
+    A rollout that it would misread is a ValueError, see ``check``.
 
     Args:
       prepare, loss: as in ``types.Algorithm``.
@@ -394,6 +432,8 @@ def updater(
     ) -> tuple[State, Metrics]:
         """``prepare``, then ``num_epochs`` passes of ``num_minibatches`` optimizer steps on
         ``loss``; see ``policy.updater``."""
+        complete(config)
+        check(rollout, config)
         own: Any = {} if advance is None else {"state": state}
         prepared = prepare(rollout, config=config, axis_name=axis_name, **own)
         bound: LossFn = partial(loss, policy_fn=policy_fn, config=config)
@@ -404,13 +444,12 @@ def updater(
                     "constants by their definition; use another surrogate and kl_loss_coef 0"
                 )
             bound = ops.differentiable(bound)
-        answers = getattr(config, "group_size", 1)
-        is_whole = getattr(config, "whole_groups", False)
-        kept_together = answers if is_whole else rollout.group_size
+        kept_together = config.group_size if config.whole_groups else rollout.group_size
         # A minibatch has whole groups where these divide, whether or not they share their prompts:
         # how a rollout is computed must not decide which rows meet.
         num_rows = len(prepared.tokens) * ops.psum(1, axis_name)
-        divides = num_rows % (config.shuffle_blocks * config.num_minibatches * answers) == 0
+        parts = config.shuffle_blocks * config.num_minibatches
+        divides = num_rows % (parts * config.group_size) == 0
 
         def step(state: State, minibatch: Rollout, key: Array) -> tuple[State, StepMetrics]:
             return gradient_step(
@@ -436,7 +475,7 @@ def updater(
             shuffle_blocks=config.shuffle_blocks,
             axis_name=axis_name,
             minibatch_sharding=minibatch_sharding,
-            group_size=answers if divides else kept_together,
+            group_size=config.group_size if divides else kept_together,
         )
         if advance is not None:
             advanced = advance(state, prepared, config=config, axis_name=axis_name)
@@ -444,3 +483,8 @@ def updater(
         return state, {**metrics, **rollout_metrics(prepared, config, axis_name)}
 
     return update_policy
+
+
+def __getattr__(name: str) -> NoReturn:
+    instead = "; it went: policy.loss reads Config.ratio" if name == "of_rows" else ""
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{instead}")

@@ -12,6 +12,7 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from rlhf_jax import losses, ops
@@ -25,6 +26,7 @@ from rlhf_jax.types import (
     Params,
     PolicyFn,
     ScoreFn,
+    known,
 )
 
 
@@ -58,17 +60,20 @@ def answer_scores(
     """
     tokens = comparisons.tokens
     mask = comparisons.attention_mask
-    if isinstance(comparisons, Demonstrations):
-        return score_fn(params, tokens, mask, key)
-    documents = comparisons.documents
+    are_steps = isinstance(comparisons, Demonstrations)
+    documents = getattr(comparisons, "documents", None)
     if documents is not None:
         numbers = documents.reshape(len(documents), -1)
         return score_fn(params, tokens, mask, key, numbers).reshape(documents.shape)
-    chex.assert_rank(tokens, 3)
-    rows = tokens.reshape(-1, tokens.shape[2])
+    chex.assert_rank(tokens, 2 if are_steps else 3)
+    rows = tokens.reshape(-1, tokens.shape[-1])
     scores = score_fn(params, rows, mask.reshape(rows.shape), key)
-    chex.assert_shape(scores, (len(rows),))
-    return scores.reshape(tokens.shape[:2])
+    if scores.shape != (rows.shape if are_steps else rows.shape[:1]):
+        raise ValueError(
+            f"score_fn gives {scores.shape} for {rows.shape}: Demonstrations with marks of steps "
+            "need models.score_fn(model, at_tokens=True), Comparisons one without at_tokens"
+        )
+    return scores.reshape(tokens.shape if are_steps else tokens.shape[:2])
 
 
 def loss(
@@ -108,6 +113,12 @@ def loss(
     """
     scores = answer_scores(score_fn, params, comparisons, key)
     if isinstance(comparisons, Demonstrations):
+        marks = known(comparisons.response_mask)
+        if marks is not None and np.max(marks) == 1 and np.any(marks[:, 1:] * marks[:, :-1]):
+            raise ValueError(
+                "response_mask marks whole responses, as for SFT: mark the last token of each step "
+                "alone, by 2 if the step is right and 1 if it is wrong"
+            )
         is_end = comparisons.mask
         signed = ops.masked(jnp.where(comparisons.response_mask == 2, scores, -scores), is_end)
         mean = losses.aggregate(-jax.nn.log_sigmoid(signed), is_end)
@@ -140,7 +151,7 @@ def loss(
             f"a comparison needs at least 2 answers, got tokens {comparisons.tokens.shape} and no "
             "targets"
         )
-    best = jnp.zeros(num_rows, jnp.int32) if best is None else jnp.asarray(best)
+    best = ops.best_of(best, (num_rows,), num_answers)
     entered = jnp.where(present, scores, -jnp.inf)
     per_row = losses.comparison(entered, best, margin, config.centering)
     is_best = jnp.arange(num_answers)[None, :] == best[:, None]

@@ -20,7 +20,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from rlhf_jax import ops
 from rlhf_jax.algorithms import lengths
-from rlhf_jax.parallel import auxiliary, blocks
+from rlhf_jax.errors import warn_once
+from rlhf_jax.parallel import auxiliary, blocks, sharding
 from rlhf_jax.types import (
     AxisName,
     DropoutKey,
@@ -85,12 +86,20 @@ def gradient_step(
       The state, of the caller's class, and the metrics of ``loss_fn`` with ``loss``, ``grad_norm``
       (before the optimizer's clipping) and ``nonfinite``, 1 if the state was kept, else 0. A Mean
       is divided; a Max stays one, so that ``minibatch_epochs`` takes the largest (``numbers`` makes
-      arrays of all).
+      arrays of all). If parameters have less precision than float32, which a warning says once,
+      ``params/unmoved`` is the share of their steps that rounding undid.
 
     Raises:
-      ValueError: ``num_microbatches`` does not divide B, or there is no batch to divide.
+      ValueError: ``num_microbatches`` does not divide B, or there is no batch to divide; or rows
+        vary over a mapped axis that ``axis_name`` does not name.
       TypeError: ``loss_fn`` returns anything but Means.
     """
+    named = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    # Parameters that vary too are those of a run on each device.
+    unnamed = sharding.varying(batch) - sharding.varying(state.params) - {*named}
+    if unnamed:
+        axes = ", ".join(unnamed)
+        raise ValueError(f"rows are mapped over {axes}: give the update {axes} as axis_name")
     gradient: BatchGradient = partial(
         _gradient,
         loss_fn,
@@ -107,6 +116,7 @@ def gradient_step(
     update = optax.with_extra_args_support(optimizer).update
     updates, opt_state = update(grads, state.opt_state, state.params, value=loss)
     params = optax.apply_updates(state.params, updates)
+    metrics = {**metrics, **_unmoved(state.params, updates, params)}
     new = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     state = jax.tree.map(partial(jnp.where, finite), new, state)
@@ -375,6 +385,23 @@ def _accumulate(
         grads, stacked = jax.lax.scan(add, zeros, parts)
         results = _merge(stacked)
     return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), results
+
+
+def _unmoved(params: Params, updates: Params, new: Params) -> Metrics:
+    """The share of entries of low precision that an update other than 0 leaves as they are."""
+    leaves = zip(*map(jax.tree.leaves, (params, updates, new)), strict=True)
+    low = [(p, u, n) for p, u, n in leaves if jnp.result_type(p).itemsize < 4]
+    if not low:
+        return {}
+    warn_once(
+        f"parameters of {low[0][0].dtype} are trained, in which small steps round to nothing (see "
+        "the metric params/unmoved): train float32 copies, models.master_weights(params)"
+    )
+
+    low = jax.lax.optimization_barrier(low)  # XLA may compare a sum before it is rounded
+    tried = sum(jnp.sum(u != 0) for _, u, _ in low)
+    lost = sum(jnp.sum((u != 0) & (p == n)) for p, u, n in low)
+    return {"params/unmoved": ops.float32(lost) / jnp.maximum(tried, 1)}
 
 
 def _widen(gradient: Array) -> Array:

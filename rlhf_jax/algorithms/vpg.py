@@ -125,20 +125,12 @@ def update(
     axis_name: AxisName = None,
     **options: Any,
 ) -> tuple[policy.State, Metrics]:
-    """``prepare``, then one pass over the rollout in ``num_minibatches`` optimizer steps on
-    ``loss``.
+    """See ``policy.updater``. The rollout has ``rewards`` (KL penalty included, if any) or
+    ``scores``; or ``advantages``, used as they are.
 
     Args:
-      state: ``vpg.State``, whose baseline moves; any TrainState where the rollout has
-        ``advantages`` or ``config.baseline`` is not "ema".
-      rollout: with ``rewards`` (KL penalty included, if any) or ``scores``; or with ``advantages``,
-        used as they are.
-      key: of the shuffling.
-      options: ``policy_fn``, ``optimizer`` and ``minibatch_sharding``, see ``types.Algorithm``.
-
-    Returns:
-      The new state, which keeps the old baseline if a step was not finite; metrics as
-      ``policy.updater``.
+      state: ``vpg.State``, whose baseline moves unless a step was not finite; any TrainState where
+        the rollout has ``advantages`` or ``config.baseline`` is not "ema".
     """
     options |= {"config": config, "axis_name": axis_name}
     if rollout.advantages is not None or config.baseline != "ema":

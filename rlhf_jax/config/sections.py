@@ -7,7 +7,7 @@ from rlhf_jax.config.settings import ALGORITHMS, RunConfig
 from rlhf_jax.config.yaml_files import to_dict, types_of
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.runs import manifest
-from rlhf_jax.types import Algorithm, AlgorithmConfig
+from rlhf_jax.types import Algorithm, AlgorithmConfig, complete
 
 
 def own_section(algorithm: Algorithm) -> dict[str, type]:
@@ -59,7 +59,7 @@ def for_algorithm(
         section = vars(config)[name]
     else:
         _say_unused(name, vars(config)[name], section)
-    _complete(section, name)
+    complete(section, f"the algorithm {name}")
     _check_counts(section, name)
     if is_own:
         return replace(config, own={**config.own, name: section}), section
@@ -96,19 +96,6 @@ def _say_unread(config: RunConfig, name: str) -> None:
     ]
     if unread:
         logger.info(f"the algorithm {name} does not read: {', '.join(unread)}")
-
-
-def _complete(section: Any, name: str) -> None:
-    """Gives the section's class what a run reads of it and it does not have."""
-    kind = type(section)
-    settings = getattr(kind, "__dataclass_params__", None)
-    if settings is None or not settings.frozen:
-        raise UserError(
-            f"the algorithm {name}: its Config must be a frozen dataclass, @dataclass(frozen=True)"
-        )
-    for key, value in vars(AlgorithmConfig).items():
-        if not key.startswith("_") and not hasattr(kind, key):
-            setattr(kind, key, value)
 
 
 def _check_counts(section: AlgorithmConfig, name: str) -> None:

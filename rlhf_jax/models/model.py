@@ -213,6 +213,15 @@ def _decode(
     return network.apply({"params": params}, *inputs, method=method)
 
 
+@jax.jit
+def master_weights(params: Params) -> Params:
+    """Float32 copies of parameters, to be trained: in bfloat16 most steps at usual learning rates
+    round to nothing (Micikevicius et al. 2017, arXiv 1710.03740, section 3.1). They are arrays of
+    their own, which an update may donate.
+    """
+    return jax.tree.map(partial(jnp.array, dtype=jnp.float32, copy=True), params)
+
+
 def resize_vocabulary(model: Model, params: Params, size: int) -> tuple[Model, Params]:
     """Adds rows to the token tables, each the mean of the existing ones, for a tokenizer with new
     tokens.

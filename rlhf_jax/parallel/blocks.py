@@ -6,9 +6,7 @@ blocks one after the other, all of one shape. The results are gathered (``map_ro
 pairs (``tree_sum``), first on each device, then across devices, always in the same order.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -24,22 +22,13 @@ Program = Callable[..., Any]
 
 AXIS = "data"  # the mesh axis whose devices divide the blocks among them
 
-# The number of blocks of the program that is being traced; 0: its rows are not divided.
-_count: ContextVar[int] = ContextVar("blocks", default=0)
-
-
-@contextmanager
-def _cut_into(count: int) -> Iterator[None]:
-    token = _count.set(count)
-    try:
-        yield
-    finally:
-        _count.reset(token)
+# A user context is part of jit's cache key: a jitted function is traced apart inside a block.
+_cut_into = jax.make_user_context(0)
 
 
 def number() -> int:
     """The number of row blocks of the program that is being traced; 0: it does not divide rows."""
-    return _count.get()
+    return int(_cut_into.value)
 
 
 def replicated(

@@ -229,6 +229,12 @@ def _of_last_axes(
     return PartitionSpec(*[None] * num_others, *spec)
 
 
+def varying(tree: Any) -> frozenset[str]:
+    """The mapped axes of ``shard_map`` over which arrays differ; none with ``check_vma=False``."""
+    leaves = jax.tree.leaves(tree)
+    return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in leaves))
+
+
 def place(x: Any, sharding: NamedSharding) -> Array:
     """An array on the devices of a sharding. Each device takes the part at its mesh position."""
     if jax.process_count() == 1 or not getattr(x, "is_fully_addressable", True):

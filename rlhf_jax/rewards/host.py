@@ -143,9 +143,7 @@ def row_scores(
     labels = [f"row {i}" for i in range(len(host.tokens))]
     if host.row_ids is not None:
         labels = [f"row {i} (data row {row_id})" for i, row_id in enumerate(host.row_ids)]
-    result = called(name, reward, host, copied(columns))
-    if not has_components(result):
-        raise UserError(f"{name}: expected a pair, (scores, {{component: scores}}), {got(result)}")
+    result = pair(name, called(name, reward, host, copied(columns)))
     width = host.tokens.shape[1]
 
     def place(row: int, rewards: list[Any]) -> np.ndarray:
@@ -186,6 +184,14 @@ def called(name: str, fn: Callable[..., Any], *args: Any, **columns: Any) -> Any
 def has_components(result: Any) -> bool:
     """Whether the result is a pair of scores and {name of a component: scores}."""
     return isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)
+
+
+def pair(name: str, result: Any) -> Any:
+    """The result of a reward of a rollout; UserError unless it has ``has_components``."""
+    if not has_components(result):
+        pairs = "(scores, {component: scores}), or (scores, {})"
+        raise UserError(f"{name}: expected a pair, {pairs}, {got(result)}")
+    return result
 
 
 def checked(

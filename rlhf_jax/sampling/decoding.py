@@ -25,7 +25,7 @@ from rlhf_jax import models, ops
 from rlhf_jax.models.kernels.shared import Prompts
 from rlhf_jax.parallel import blocks
 from rlhf_jax.sampling import sharded
-from rlhf_jax.types import EosId, Params, RewardFn, Rollout
+from rlhf_jax.types import EosId, Params, RewardFn, Rollout, known
 
 # Most ids of a recorded support: 4 KiB a token.
 MOST_RECORDED = 1024
@@ -194,6 +194,7 @@ def mixture(model: CachedModel, weight: float) -> CachedModel:
     ``(first, second)`` whose tokens have the probabilities ``first^(1 - weight) *
     second^weight``, normalised for each token. Hashable, as ``model`` is.
     """
+    ops.check_number("the mixture's weight", weight, at_least=0, at_most=1)
     return _Mixture(model, weight)
 
 
@@ -291,9 +292,9 @@ def generate(
         ValueError: outside ``jit``, a prompt is padded on the right, or the prompts of a group
             differ; the model has fewer positions.
     """
+    _check_prompts(tokens, attention_mask, group_size)
     tokens = jnp.asarray(tokens, jnp.int32)
     attention_mask = jnp.asarray(attention_mask)
-    _check_prompts(tokens, attention_mask, group_size)
     places = _places(row_ids, len(tokens)) if places is None else jnp.asarray(places, jnp.int32)
     chex.assert_shape(places, (len(tokens),))
     row_ids = places if row_ids is None else jnp.asarray(row_ids, jnp.int32)
@@ -344,22 +345,19 @@ def _check_prompts(tokens: Array, attention_mask: Array, group_size: int) -> Non
     ops.check_number("group_size", group_size, at_least=1)
     if len(tokens) % group_size:
         raise ValueError(f"{len(tokens)} prompts do not divide by group_size {group_size}")
-    is_known, has_known_mask = (
-        not isinstance(x, jax.core.Tracer) and x.is_fully_addressable
-        for x in (tokens, attention_mask)
-    )
-    if not has_known_mask:
+    ids, mask = known(tokens), known(attention_mask)
+    if mask is None:
         return
-    mask = np.asarray(attention_mask) != 0
+    mask = mask != 0
     wrong = np.flatnonzero(mask.any(axis=1) & ~mask[:, -1])
     if len(wrong):
         raise ValueError(
             "prompts must be padded on the left: attention_mask is 0 in the last column of "
             f"{len(wrong)} rows, first in row {wrong[0]}"
         )
-    if group_size == 1 or not is_known:
+    if group_size == 1 or ids is None:
         return
-    read = np.stack([np.where(mask, tokens, 0), mask], axis=1)
+    read = np.stack([np.where(mask, ids, 0), mask], axis=1)
     by_group = read.reshape(-1, group_size, *read.shape[1:])
     unlike = np.flatnonzero((by_group != by_group[:, :1]).any(axis=(1, 2, 3)))
     if len(unlike):

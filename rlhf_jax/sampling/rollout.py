@@ -85,17 +85,21 @@ def rescore(
     With ``importance_cap``, a number above 0, the rollout gets ``importance_weights`` [B, T] too,
     which correct for an engine whose probabilities differ from the policy's:
     ``losses.importance_weights`` of the log-probs of policy_fn and the rollout's own, per token or
-    per row, truncated at the floor and the cap or masked beyond them. ``math.inf`` is no limit.
+    per row, truncated at the floor and the cap or masked beyond them. ``math.inf`` is no limit. Its
+    own are those of what sampled, ``sampler_log_probs``, however often it is scored.
     """
     mask = rollout.mask
+    of_sampler = rollout.sampler_log_probs
+    if of_sampler is None:
+        of_sampler = rollout.log_probs
     output = ops.evaluate(policy_fn, params, rollout)
     log_probs = ops.masked(output.log_probs, mask)
     values = None if output.values is None else ops.masked(output.values, mask)
-    scored = replace(rollout, log_probs=log_probs, values=values)
+    scored = replace(rollout, log_probs=log_probs, values=values, sampler_log_probs=of_sampler)
     if importance_cap is not None:
         weights = losses.importance_weights(
             log_probs,
-            behaviour_log_probs=rollout.log_probs,
+            behaviour_log_probs=of_sampler,
             mask=mask,
             cap=importance_cap,
             floor=importance_floor,

@@ -94,8 +94,7 @@ def vary(state: Tree, inputs: Any) -> Tree:
     """The state of a loop as the loop leaves it under the caller's ``shard_map``: different on the
     devices of all axes over which one of the inputs is.
     """
-    leaves = jax.tree.leaves(inputs)
-    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in leaves))
+    axes = sharding.varying(inputs)
 
     def cast(x: Array) -> Array:
         missing = tuple(axes - jax.typeof(x).manual_axis_type.varying)

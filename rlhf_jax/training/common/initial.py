@@ -7,7 +7,6 @@ from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 from jax import Array
@@ -142,17 +141,15 @@ def trainable(settings: LoRA, params: Params, key: Array) -> Trainable:
     Raises:
         UserError: ``lora.match`` matches no kernel.
     """
-    copy = functools.partial(jnp.array, dtype=jnp.float32, copy=True)
-    copied = jax.jit(functools.partial(jax.tree.map, copy))
     body = {name: part for name, part in params.items() if name not in lora.HEADS}
     if not settings.rank:
-        return Trainable(copied(params), loaded=body)
+        return Trainable(models.master_weights(params), loaded=body)
     heads = {name: part for name, part in params.items() if name in lora.HEADS}
     try:
         adapters = lora.init(key, body, settings.rank, settings.match, alpha=settings.alpha)
     except ValueError as error:
         raise UserError(f"lora: {error}") from error
-    return Trainable(adapters | copied(heads), base=body)
+    return Trainable(adapters | models.master_weights(heads), base=body)
 
 
 def base_of(settings: LoRA, params: Params) -> Params:

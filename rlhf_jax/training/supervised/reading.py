@@ -88,6 +88,8 @@ def encoded_rows(
     initial.say_spelled([*data.rows, *to_validate.rows], tokenizer, template)
     every_row = [*to_train, *own]
     encoded = encode(text, every_row, tokenizer, longest, are_pieces)
+    if kind != "comparisons":  # margins are of reward models, which a line has said
+        encoded = replace(encoded, margin=None)
     # A piece is a group of its own: its prompt is a token that many have.
     group_of = {row.source: row.source if are_pieces else encoding.group(row) for row in every_row}
     groups = [group_of[source] for source in encoded.sources]
