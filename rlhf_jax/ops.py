@@ -203,9 +203,19 @@ def masked_var(x: Array, mask: Array, axis: Axis = None, axis_name: AxisName = N
     return masked_mean(jnp.square(differences), mask, axis, axis_name)
 
 
+def inverse_deviation(var: Array, mean: Array) -> Array:
+    """``1 / sqrt(var + (1e-7 mean)^2)`` of numbers with this variance and mean, whatever their
+    unit: what differs by the rounding of float32 alone is not scaled up to 1. 0 of equal numbers,
+    whose variance is 0, with a gradient of 0.
+    """
+    varies = var != 0  # NaN too
+    scale = jnp.where(varies, var + jnp.square(1e-7 * mean), 1.0)
+    return jnp.where(varies, jax.lax.rsqrt(scale), 0.0)
+
+
 def whiten(x: Array, mask: Array, shift_mean: bool = True, axis_name: AxisName = None) -> Array:
-    """Scales ``x`` to unit variance over the masked entries: ``(x - mean) * rsqrt(var + 1e-8)``, 0
-    elsewhere. Equal numbers give exactly 0.
+    """Scales ``x`` to unit variance over the masked entries: ``(x - mean) * inverse_deviation(var,
+    mean)``, 0 elsewhere. The unit of ``x`` changes nothing, and equal numbers give exactly 0.
 
     The population variance over all entries, of all devices of ``axis_name`` (lm-human-preferences
     computes it per rank).
@@ -219,7 +229,7 @@ def whiten(x: Array, mask: Array, shift_mean: bool = True, axis_name: AxisName =
     """
     differences, mean = centred(x, mask, axis_name=axis_name)
     var = masked_mean(jnp.square(differences), mask, axis_name=axis_name)
-    white = differences * jax.lax.rsqrt(var + 1e-8)
+    white = differences * inverse_deviation(var, mean)
     return white if shift_mean else masked(white + mean, mask)
 
 

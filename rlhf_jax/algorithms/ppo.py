@@ -10,7 +10,6 @@ import math
 from dataclasses import dataclass, replace
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 
 from rlhf_jax import advantages, losses, ops
@@ -99,11 +98,12 @@ def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName = None) -> 
         monte_carlo = advantages.discounted_returns(rewards, mask, config.gamma)
         differences, mean = ops.centred(monte_carlo, mask, axis_name=axis_name)
         variance = ops.masked_mean(jnp.square(differences), mask, axis_name=axis_name)
-        values = ops.masked(mean + jnp.sqrt(variance) * ops.float32(values), mask)
+        inverse = ops.inverse_deviation(variance, mean)
+        values = ops.masked(mean + variance * inverse * ops.float32(values), mask)
         advantage, returns = monte_carlo - values, monte_carlo
         if not _is_monte_carlo(config):
             advantage, returns = gae(rewards, values, mask)
-        returns = ops.masked((returns - mean) * jax.lax.rsqrt(variance + 1e-8), mask)
+        returns = ops.masked((returns - mean) * inverse, mask)
     else:
         advantage, returns = gae(rewards, values, mask)
     if config.length_adaptive is not None:
