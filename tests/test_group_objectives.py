@@ -5,6 +5,7 @@ in NumPy, their objectives by enumeration, and in whole runs.
 import itertools
 import math
 from dataclasses import replace
+from fractions import Fraction
 from functools import partial
 
 import jax
@@ -172,6 +173,23 @@ def test_a_majority_of_many_answers():
     answers = np.array(["1"] * 40 + [str(i % 12 + 2) for i in range(24)])
     assert majority_at_k(answers, 1.0 * (answers == "1"), 32) == pytest.approx(1, abs=1e-6)
     assert majority_at_k(answers, 1.0 * (answers == "1"), 1) == pytest.approx(40 / 64)
+
+
+def test_measures_of_two_thousand_answers():
+    """Binomials of 1,030 and more are no floats. Of 1,200 right answers against the product of
+    chances that all of k are wrong, and the sum over votes, in exact fractions.
+    """
+    n, right, k = 2000, 1200, 301
+    scores = np.arange(n) < right
+    wrong = math.prod(Fraction(n - right - i, n - i) for i in range(k))
+    assert_allclose(best_at_k(1.0 * scores[None], k), [float(1 - wrong)], rtol=1e-12)
+    assert_allclose(best_at_k(np.arange(1.0 * n)[None], k), [k * (n + 1) / (k + 1) - 1], rtol=1e-12)
+    few = np.arange(n) < 1010
+    votes = range(k // 2 + 1, k + 1)
+    wins = sum(math.comb(1010, v) * math.comb(n - 1010, k - v) for v in votes)
+    found = majority_at_k(few.astype(str), 1.0 * few, k)
+    assert_allclose(found, float(Fraction(wins, math.comb(n, k))), rtol=1e-10)
+    assert 0.5 < found < 0.7
 
 
 # --- Updates against NumPy
