@@ -27,8 +27,11 @@ class Config(policy.Config):
         ops.check_numbers(self, "group_size", at_least=2)
 
 
-def sum_squares(logits: Array) -> Array:
-    """``sum_v p_v^2`` [...] of the softmax p of logits [..., V]."""
+def sum_squares(logits: Array, support: Array | None = None) -> Array:
+    """``sum_v p_v^2`` [...] of the softmax p of logits [..., V], or of those in a support [...,
+    K].
+    """
+    logits = ops.among(logits, support)
     return jnp.exp(jax.nn.logsumexp(2 * logits, -1) - 2 * jax.nn.logsumexp(logits, -1))
 
 
@@ -39,7 +42,8 @@ def prepare(rollout: Rollout, params: Params, *, policy_fn: PolicyFn, config: Co
     mask = rollout.mask
     rows = len(mask) // (config.num_minibatches * config.num_microbatches)
     by_rows = ops.by_rows(policy_fn, rows, group_size=rollout.group_size)
-    output = ops.evaluate(by_rows, params, rollout, statistic=sum_squares)
+    arrays = (rollout.support,)
+    output = ops.evaluate(by_rows, params, rollout, statistic=sum_squares, arrays=arrays)
     energy = ops.masked(1.0 - 2.0 * jnp.exp(output.log_probs) + output.statistic, mask)
     to_go = advantages.discounted_returns(policy.field(rollout, "rewards"), mask)
     present = mask.reshape(-1, config.group_size, mask.shape[1])

@@ -18,6 +18,7 @@ from jax import Array
 
 from rlhf_jax import losses
 from rlhf_jax.algorithms import grpo, policy
+from rlhf_jax.errors import UserError
 from rlhf_jax.types import AxisName, Params, Rollout, TrainState
 
 KEPT = 4  # rollouts
@@ -56,6 +57,11 @@ def prepare(
     rollout: Rollout, *, state: State, config: Config, axis_name: AxisName = None
 ) -> Rollout:
     """The rows of ``grpo.prepare``, then as many of the buffer. ``axis_name`` is None."""
+    if rollout.support is not None:
+        raise UserError(
+            "replay keeps no record of truncated sampling with its old answers: leave rl.top_k, "
+            "rl.top_p, rl.min_p and rl.min_new_tokens out"
+        )
     new = grpo.prepare(rollout, config=config)
     rows, columns = new.tokens.shape
     wider = state.buffer["tokens"].shape[1] - columns  # a batch is as wide as its prompts
