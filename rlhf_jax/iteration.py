@@ -23,7 +23,13 @@ from jax import Array
 from jax.sharding import Mesh
 
 from rlhf_jax import losses, models, ops, policies, rewards, sampling
-from rlhf_jax.algorithms.policy import rewards_to_go, row_rewards
+from rlhf_jax.advantages import leave_one_out
+from rlhf_jax.algorithms.policy import (
+    informative_groups,
+    row_rewards,
+    wanted,
+    with_group_advantages,
+)
 from rlhf_jax.errors import UserError
 from rlhf_jax.parallel import sharding
 from rlhf_jax.sampling import rollout
@@ -77,6 +83,13 @@ class Functions:
     base: Params | None = None  # the frozen parameters under LoRA
     teacher: Params | None = None
     """The fifth argument of ``policy_fn`` in updates; None if there is no teacher."""
+
+    @property
+    def learner(self) -> Any:
+        """``policy_fn`` as updates call it."""
+        if self.teacher is None:
+            return self.policy_fn
+        return functools.partial(self.policy_fn, teacher_params=self.teacher)
 
 
 # --- Sample
@@ -446,29 +459,44 @@ def kl_penalty(coef: float, *, target: float | None = None, horizon: int | None 
     return Penalty(coef, apply)
 
 
-# --- Groups of equal scores, which have no gradient
+# --- Groups that teach nothing
 
 
-def num_equal(rollout: Rollout, *, group_size: int, masked: Rule = unchanged) -> Array:
-    """Number of groups without a gradient: after ``masked``, the scores of their rows are equal.
-    With a ``group_size`` of 1 the batch is one group.
+def informative(
+    loop: LoopState,
+    rollout: Rollout,
+    key: Array,
+    functions: Functions,
+    *,
+    algorithm: Any,
+    config: Any,
+    shape: Rule = unchanged,
+    masked: Rule = unchanged,
+) -> Array:
+    """[groups] whether the algorithm learns from each group of a scored rollout: by the advantages
+    that its ``prepare`` makes of the rewards without a penalty (``policy.informative``). Without a
+    ``prepare`` by its rewards, which must differ. Arguments as ``learn``.
     """
-    return jnp.sum(_equal(masked(rollout), group_size)).astype(jnp.float32)
+    rewards, _, _ = NO_PENALTY.apply(loop.kl_coef, shape(rollout))
+    counted = replace(masked(rollout), rewards=rewards)
+    prepare = getattr(algorithm, "prepare", None) or _by_rewards
+    own = wanted(prepare, {"state": loop.train, "key": key, "policy_fn": functions.learner})
+    prepared = prepare(counted, config=config, axis_name=None, **own)
+    return informative_groups(counted, prepared, config)
+
+
+def _by_rewards(rollout: Rollout, *, config: Any, axis_name: None) -> Rollout:
+    return with_group_advantages(rollout, config.group_size, leave_one_out)
 
 
 def refill(
-    kept: Rollout,
-    *,
-    fresh: Rollout,
-    group_size: int,
-    masked: Rule = unchanged,
-    mesh: Mesh | None = None,
-) -> Rollout:
-    """Replaces groups of ``kept`` with equal scores, in order, by groups of ``fresh`` whose scores
-    differ.
+    kept: Rollout, *, fresh: Rollout, wanting: Array, offered: Array, mesh: Mesh | None = None
+) -> tuple[Rollout, Rollout]:
+    """Replaces groups of ``kept``, those that are ``wanting`` [groups], in order by the groups of
+    ``fresh`` that are ``offered`` [groups]. And the rest: ``fresh`` with the groups that were
+    replaced in the places of those that were taken.
     """
-    wanting = _equal(masked(kept), group_size)  # [groups]
-    offered = ~_equal(masked(fresh), group_size)  # [groups]
+    group_size = len(kept.tokens) // len(wanting)
     number = jnp.cumsum(wanting) - 1  # of the replacement
     source = jnp.argsort(~offered, stable=True)[number]
     within = jnp.tile(jnp.arange(group_size), len(source))
@@ -479,24 +507,22 @@ def refill(
         of_row = (1,) * (old.ndim - 1)
         return jnp.where(replaced.reshape(-1, *of_row), new[rows], old)
 
-    filled: Rollout = jax.tree.map(fill, kept, fresh)
+    def put_back(old: Array, new: Array) -> Array:
+        return new.at[jnp.where(replaced, rows, len(new))].set(old, mode="drop")
+
+    both: tuple[Rollout, Rollout]
+    both = jax.tree.map(fill, kept, fresh), jax.tree.map(put_back, kept, fresh)
     if mesh is None:
-        return filled
-    return jax.lax.with_sharding_constraint(filled, sharding.rows(mesh))
+        return both
+    return jax.lax.with_sharding_constraint(both, sharding.rows(mesh))
 
 
-def _equal(rollout: Rollout, group_size: int) -> Array:
-    """[groups] whether the rewards of a group's present rows are equal (dense ones at each place),
-    or no row is present. NaN equals no other reward.
-    """
-    size = group_size if group_size > 1 else len(rollout.tokens)
-    present = rollout.present[:, None]
-    compared = row_rewards(rollout)[:, None]
-    if rollout.dense:
-        compared, _ = rewards_to_go(rollout)
-    lowest = jnp.where(present, compared, jnp.inf).reshape(-1, size, compared.shape[1])
-    highest = jnp.where(present, compared, -jnp.inf).reshape(-1, size, compared.shape[1])
-    return jnp.all(highest.max(axis=1) <= lowest.min(axis=1), axis=1)
+def observe(
+    loop: LoopState, rollout: Rollout, *, algorithm: Any, config: Any, masked: Rule = unchanged
+) -> tuple[LoopState, Metrics]:
+    """The state after ``algorithm.observe`` of scored groups that no update reads; no metrics."""
+    train = algorithm.observe(loop.train, masked(rollout), config=config)
+    return replace(loop, train=train), {}
 
 
 # --- Learn
@@ -524,27 +550,18 @@ def learn(
         masked: the last rule, which decides which rows the update reads.
         mesh: its "data" axis holds the rows of a minibatch.
     """
-    judged = shape(rollout)
-    shaped, kl_coef, metrics = penalty.apply(loop.kl_coef, judged)
+    shaped, kl_coef, metrics = penalty.apply(loop.kl_coef, shape(rollout))
     row_reward = _row_sums(shaped, rollout)
     metrics = metrics | {"objective/reward": ops.masked_mean(row_reward, rollout.present)}
     counted = masked(rollout)
     if masked is not unchanged:
         dropped = rollout.present & ~counted.present
         metrics["response/masked"] = jnp.sum(dropped).astype(jnp.float32)
-    # With a teacher, groups of equal rewards have a gradient too.
-    is_taught = functions.teacher is not None or rollout.teacher_log_probs is not None
-    if not is_taught and rollout.scores is not None and len(rollout.scores) > 1:
-        equal = _equal(masked(judged), config.group_size)
-        metrics["reward/equal_share"] = jnp.mean(equal.astype(jnp.float32))
-    policy_fn = functions.policy_fn
-    if functions.teacher is not None:
-        policy_fn = functools.partial(policy_fn, teacher_params=functions.teacher)
     made = algorithm.update(
         loop.train,
         replace(counted, rewards=shaped),
         key,
-        policy_fn=policy_fn,
+        policy_fn=functions.learner,
         optimizer=optimizer,
         config=config,
         minibatch_sharding=None if mesh is None else sharding.rows(mesh),

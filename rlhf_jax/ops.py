@@ -203,7 +203,7 @@ def masked_var(x: Array, mask: Array, axis: Axis = None, axis_name: AxisName = N
     return masked_mean(jnp.square(differences), mask, axis, axis_name)
 
 
-def inverse_deviation(var: Array, mean: Array) -> Array:
+def inverse_deviation(var: Array, mean: Array | float) -> Array:
     """``1 / sqrt(var + (1e-7 mean)^2)`` of numbers with this variance and mean, whatever their
     unit: what differs by the rounding of float32 alone is not scaled up to 1. 0 of equal numbers,
     whose variance is 0, with a gradient of 0.

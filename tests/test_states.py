@@ -299,12 +299,23 @@ def test_a_curriculum_is_grpo_with_pass_rates():
     assert_allclose(after.beta, [0.6 * 0.5, 0.5, 0.6 * 0.5 + 1], rtol=1e-6)
 
 
+def test_groups_that_no_update_reads_change_the_record_alone():
+    """A score that is no rate of success, which would stop an update, counts nowhere."""
+    state = spo_state(tabular.policy_params(0), [1.0] * 4, [1.0] * 4, [0.0] * 4, 0.0)
+    rest = batch_of([1.0, 0.0, 1.4, 1.0, 1.0], [2, 2, 0, 0, 3], (4, 2, 3, 4, 0))
+    seen = curriculum.observe(state, rest, config=curriculum.Config(group_size=2, decay=0.6))
+    assert_allclose(seen.alpha, [1.6, 1.0, 1.6, 1.0], rtol=1e-6)
+    assert_allclose(seen.beta, [0.6, 1.0, 1.6, 1.0], rtol=1e-6)
+    jax.tree.map(assert_array_equal, seen.params, state.params)
+
+
 # --- Replay
 
 
-def old_rows(state, batch, config):
-    """The rows of a full buffer that the update with this state draws."""
-    prepared = replay.prepare(batch, state=state, config=config)
+def old_rows(state, batch, config, key=None):
+    """The rows of a full buffer that are drawn with this key; None: with that of an update."""
+    key = jax.random.fold_in(KEY, 2 * config.num_epochs) if key is None else key
+    prepared = replay.prepare(batch, state=state, key=key, config=config)
     return prepared, jax.tree.map(lambda x: np.asarray(x)[len(batch.tokens) :], prepared)
 
 
@@ -319,19 +330,18 @@ def test_replay_is_truncated_importance_sampling_of_old_groups():
         seen.append(grpo.prepare(batch, config=config))
         state = replay._advance(
             state,
-            replay.prepare(batch, state=state, config=config),
+            replay.prepare(batch, state=state, key=KEY, config=config),
             config=config,
             axis_name=None,
         )
     kept = np.concatenate([np.asarray(batch.tokens) for batch in seen[2:]])
     assert_array_equal(state.buffer["tokens"][:, 2:], kept)
     assert_array_equal(state.buffer["attention_mask"][:, :2], 0)
-    state = replace(state, step=jnp.int32(7))
 
     batch = batch_of([0.0, 1.0, 3.0, 2.0], [0, 0, 1, 1], seed=9)
     drawn = set()
-    for step in range(20):
-        _, old = old_rows(replace(state, step=jnp.int32(step)), batch, config)
+    for key in jax.random.split(KEY, 20):
+        _, old = old_rows(state, batch, config, key)
         rows = [
             int(np.flatnonzero((np.asarray(state.buffer["log_probs"]) == row).all(axis=1))[0])
             for row in np.asarray(old.log_probs)
@@ -551,6 +561,40 @@ RUNS = {
     replay: {"group_size": 2, "kl_loss_coef": 0.0},
     self_distill: {"top_k": 3},
 }
+
+
+def test_each_group_that_dynamic_sampling_draws_reaches_the_record_once(tmp_path):
+    """Half of the prompts are always or never answered right: their groups are replaced, or not
+    used. The record is that of all calls of the reward.
+    """
+    calls = []
+
+    def score(prompts, responses, letter):
+        numbers = np.array([ord(c) - ord("a") for c in letter])
+        odd = np.array([len(set(text)) % 2 for text in responses])
+        calls.append((numbers, np.where(numbers < 8, numbers % 2, odd)))
+        return calls[-1][1].tolist()
+
+    states = []
+    config = with_rl(letters_run(tmp_path), batch_size=8, num_iterations=2, validation_interval=9)
+    training.rl.run(
+        with_rl(config, dynamic_sampling=2),
+        curriculum,
+        curriculum.Config(group_size=2, kl_loss_coef=0.0),
+        reward=score,
+        on_step=lambda step, state, row, batch: states.append(jax.device_get(state.train)),
+    )
+    held_out = calls[0][0]  # of the first validation
+    drawn = [call for call in calls if not np.isin(call[0], held_out).any()]
+    assert len(drawn) > 3  # with rounds
+    record = np.full((16, 2), 0.5)
+    for numbers, said in drawn:
+        for n in np.unique(numbers):
+            right = said[numbers == n].sum()
+            record[n] = 0.7 * record[n] + [right, 2 - right]
+    assert_allclose(np.stack([states[-1].alpha, states[-1].beta], axis=1), record, rtol=1e-5)
+    sampled = np.unique(np.concatenate([numbers for numbers, _ in drawn]))
+    assert np.all(record[sampled] != 0.5)
 
 
 @pytest.mark.slow

@@ -53,21 +53,30 @@ def in_pairs(sample: Any, prompts: Any, key: Any, *, policy: Any, other: Any, mo
 
 
 def prepare(rollout: types.Rollout, *, config: Config, axis_name: Any = None) -> types.Rollout:
-    """The rollout as it is: the loss reads its rewards (``policy.row_rewards``)."""
+    """The rollout with ``advantages`` [B, T]: 1 for the best answer to each prompt and -1 for the
+    worst by ``policy.row_rewards``; 0 for all others, and where the rewards are equal.
+    """
     policy.check_unprepared(rollout)
-    return rollout
+    present = rollout.present.reshape(-1, config.group_size)
+    scores = policy.row_rewards(rollout).reshape(present.shape)
+    upper = jnp.where(present, scores, -jnp.inf)
+    lower = jnp.where(present, scores, jnp.inf)
+    best, worst = jnp.argmax(upper, axis=1), jnp.argmin(lower, axis=1)
+    sides = jax.nn.one_hot(best, config.group_size) - jax.nn.one_hot(worst, config.group_size)
+    gap = jnp.sign(jnp.max(upper, axis=1) - jnp.min(lower, axis=1))  # NaN stays, and stops the run
+    return policy.spread((sides * gap[:, None]).reshape(-1), rollout)
 
 
 def pair_loss(output: types.PolicyOutput, rollout: types.Rollout, config: Config) -> Any:
-    """``dpo.pair_loss`` of the best and the worst answer to each prompt; rows of one prompt are
-    adjacent. ``output`` is the policy's on the rollout, which has ``ref_log_probs``.
+    """``dpo.pair_loss`` of the best and the worst answer to each prompt of a prepared rollout; rows
+    of one prompt are adjacent. ``output`` is the policy's on the rollout, which has
+    ``ref_log_probs``.
     """
     groups = (-1, config.group_size)
-    scores = policy.row_rewards(rollout)
-    present = rollout.present.reshape(groups)
-    best = jnp.argmax(jnp.where(present, scores.reshape(groups), -jnp.inf), axis=1)
-    worst = jnp.argmin(jnp.where(present, scores.reshape(groups), jnp.inf), axis=1)
-    order = jnp.stack([best, worst], axis=1)
+    advantages = policy.field(rollout, "advantages", "call prepare first")
+    sides = ops.masked_mean(advantages, rollout.mask, axis=1)  # [B] 1, 0 or -1
+    by_group = sides.reshape(groups)
+    order = jnp.stack([jnp.argmax(by_group, axis=1), jnp.argmin(by_group, axis=1)], axis=1)
 
     def picked(x: Any) -> Any:
         in_groups = x.reshape(*groups, *x.shape[1:])
@@ -78,7 +87,7 @@ def pair_loss(output: types.PolicyOutput, rollout: types.Rollout, config: Config
         picked(rollout.tokens),
         picked(rollout.attention_mask),
         picked(rollout.response_mask),
-        weight=ops.float32(picked(scores)[:, 0] > picked(scores)[:, 1]),
+        weight=picked(sides)[:, 0],
         ref_log_probs=picked(ops.response_sums(reference, rollout)),
     )
     log_probs = picked(ops.response_sums(output.log_probs, rollout))

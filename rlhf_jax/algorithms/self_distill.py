@@ -17,7 +17,7 @@ from jax import Array
 
 from rlhf_jax import losses, ops
 from rlhf_jax.algorithms import policy
-from rlhf_jax.types import DropoutKey, LossAndMetrics, Params, PolicyFn, Rollout
+from rlhf_jax.types import AxisName, DropoutKey, LossAndMetrics, Params, PolicyFn, Rollout
 
 
 @dataclass(frozen=True)
@@ -72,5 +72,10 @@ def loss(
     return config.mean(per_token, rollout.mask), metrics
 
 
-update = policy.updater(lambda rollout, *, config, axis_name: rollout, loss)
+def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName = None) -> Rollout:
+    """The rollout as it is."""
+    return rollout
+
+
+update = policy.updater(prepare, loss)
 """See ``policy.updater``. Scores are not read."""

@@ -238,9 +238,8 @@ def _degenerate_text(share: np.ndarray) -> str:
 
 
 def _nothing_to_learn(share: np.ndarray, norm: np.ndarray) -> str:
-    if share[-1] == 1:
-        return "reward/equal_share is 1: the rewards of every group are equal"
-    return _beyond("grad_norm", norm[-1], "<", 1e-8)
+    still = _beyond("grad_norm", norm[-1], "<", 1e-8)
+    return f"{still}, reward/equal_share 1" if still and share[-1] == 1 else still
 
 
 def _nothing_learned(score: np.ndarray, kl: np.ndarray) -> str:

@@ -125,15 +125,19 @@ def run(
                     rows = choose_rows(job, state, step)
                 prompts, *spares = job.schedule.batches(step - 1, rows)
                 rollout, metrics = collect(job, state, prompts)
+                key = jax.random.fold_in(learn_key, step - 1)
+                unread: list[Rollout] = []
                 if settings.dynamic_sampling:
                     from rlhf_jax.training.rl.dynamic import replace_uninformative
 
                     fresh = (collect(job, state, spare)[0] for spare in spares)
-                    rollout, replaced = replace_uninformative(job, rollout, fresh)
+                    ask = partial(informative, job, state, key)
+                    rollout, replaced, unread = replace_uninformative(job, rollout, fresh, ask)
                     metrics |= replaced
 
-                key = jax.random.fold_in(learn_key, step - 1)
                 state, learned = job.programs.learn(state, *_update_arguments(job, rollout, key))
+                while unread:
+                    state, _ = job.programs.observe(state, unread.pop(0))
                 if job.ahead is not None:
                     state = replace(state, behind=behind)
 
@@ -175,6 +179,12 @@ def collect(job: Job, state: LoopState, prompts: Batch) -> tuple[Rollout, Metric
         rollout, baseline = add_greedy_baseline(job, state, prompts, rollout)
         metrics |= baseline
     return rollout, metrics
+
+
+def informative(job: Job, state: LoopState, key: jax.Array, rollout: Rollout) -> np.ndarray:
+    """[groups] whether the update would learn from each group of a scored rollout."""
+    found = job.programs.informative(state, *_update_arguments(job, rollout, key))
+    return np.array(processes.fetch(found))
 
 
 def choose_rows(job: Job, state: LoopState, step: int) -> np.ndarray:
