@@ -84,13 +84,6 @@ class Functions:
     teacher: Params | None = None
     """The fifth argument of ``policy_fn`` in updates; None if there is no teacher."""
 
-    @property
-    def learner(self) -> Any:
-        """``policy_fn`` as updates call it."""
-        if self.teacher is None:
-            return self.policy_fn
-        return functools.partial(self.policy_fn, teacher_params=self.teacher)
-
 
 # --- Sample
 
@@ -480,7 +473,7 @@ def informative(
     rewards, _, _ = NO_PENALTY.apply(loop.kl_coef, shape(rollout))
     counted = replace(masked(rollout), rewards=rewards)
     prepare = getattr(algorithm, "prepare", None) or _by_rewards
-    own = wanted(prepare, {"state": loop.train, "key": key, "policy_fn": functions.learner})
+    own = wanted(prepare, {"state": loop.train, "key": key, "policy_fn": functions.policy_fn})
     prepared = prepare(counted, config=config, axis_name=None, **own)
     return informative_groups(counted, prepared, config)
 
@@ -517,14 +510,6 @@ def refill(
     return jax.lax.with_sharding_constraint(both, sharding.rows(mesh))
 
 
-def observe(
-    loop: LoopState, rollout: Rollout, *, algorithm: Any, config: Any, masked: Rule = unchanged
-) -> tuple[LoopState, Metrics]:
-    """The state after ``algorithm.observe`` of scored groups that no update reads; no metrics."""
-    train = algorithm.observe(loop.train, masked(rollout), config=config)
-    return replace(loop, train=train), {}
-
-
 # --- Learn
 
 
@@ -557,11 +542,14 @@ def learn(
     if masked is not unchanged:
         dropped = rollout.present & ~counted.present
         metrics["response/masked"] = jnp.sum(dropped).astype(jnp.float32)
+    policy_fn = functions.policy_fn
+    if functions.teacher is not None:
+        policy_fn = functools.partial(policy_fn, teacher_params=functions.teacher)
     made = algorithm.update(
         loop.train,
         replace(counted, rewards=shaped),
         key,
-        policy_fn=functions.learner,
+        policy_fn=policy_fn,
         optimizer=optimizer,
         config=config,
         minibatch_sharding=None if mesh is None else sharding.rows(mesh),

@@ -107,9 +107,12 @@ def step(rounds, number, *scores, observe=None):
 
     algorithm = types.SimpleNamespace(observe=observe)
     own = types.SimpleNamespace(algorithm=algorithm)
-    job = rl_job(programs={"refill": REFILL}, schedule=schedule(rounds), method=own)
+    programs = {"refill": REFILL, "informative": lambda state, rollout: informative(rollout)}
+    job = rl_job(programs=programs, schedule=schedule(rounds), method=own)
     rollouts = map(draw, job.schedule.batches(number))
-    return *replace_uninformative(job, next(rollouts), rollouts, informative), drawn
+    first = next(rollouts)
+    found = replace_uninformative(job, None, first, rollouts, lambda rollout: (rollout,))
+    return *found, drawn
 
 
 def bits(key):

@@ -528,14 +528,14 @@ def test_an_algorithm_gets_the_extras_that_it_declares():
     rows, tokens = np.zeros(1), np.zeros((1, 2))
     given = {"count:e": rows, "other": rows, "sampler_log_probs": tokens}
     rollout = Rollout(*[tokens] * 4, extras=given, group_ids=rows)
-    read, key, _ = loop._update_arguments(rl_job(own=grpo.Config()), rollout, "key")
+    read, key, _ = loop._update_arguments(rl_job(own=grpo.Config()), "key", rollout)
     assert (read.extras, read.group_ids, key) == (None, None, "key")
     watched = rl_job(own=Watched.Config())
-    read, _, _ = loop._update_arguments(watched, rollout, "key")
+    read, _, _ = loop._update_arguments(watched, "key", rollout)
     assert sorted(read.extras) == ["count:e", "sampler_log_probs"]
     for others in ({"other": rows}, {**given, "count:e": tokens}):
         with pytest.raises(UserError, match=r"reads count:e of each row.*there are "):
-            loop._update_arguments(watched, replace(rollout, extras=others), "key")
+            loop._update_arguments(watched, "key", replace(rollout, extras=others))
 
 
 @pytest.mark.slow

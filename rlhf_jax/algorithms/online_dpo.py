@@ -5,13 +5,13 @@ Of the answers to a prompt the best is chosen and the worst rejected; a prompt w
 equal counts nowhere.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import ops, types
+from rlhf_jax import advantages, ops, types
 from rlhf_jax.algorithms import dpo, policy
 
 State, needs_values, kl_coef = types.TrainState, False, 0.0
@@ -53,18 +53,11 @@ def in_pairs(sample: Any, prompts: Any, key: Any, *, policy: Any, other: Any, mo
 
 
 def prepare(rollout: types.Rollout, *, config: Config, axis_name: Any = None) -> types.Rollout:
-    """The rollout with ``advantages`` [B, T]: 1 for the best answer to each prompt and -1 for the
-    worst by ``policy.row_rewards``; 0 for all others, and where the rewards are equal.
+    """The rollout with ``advantages`` [B, T], which the loss compares: ``policy.row_rewards`` less
+    the mean of the group's others. 0 where they are equal.
     """
-    policy.check_unprepared(rollout)
-    present = rollout.present.reshape(-1, config.group_size)
-    scores = policy.row_rewards(rollout).reshape(present.shape)
-    upper = jnp.where(present, scores, -jnp.inf)
-    lower = jnp.where(present, scores, jnp.inf)
-    best, worst = jnp.argmax(upper, axis=1), jnp.argmin(lower, axis=1)
-    sides = jax.nn.one_hot(best, config.group_size) - jax.nn.one_hot(worst, config.group_size)
-    gap = jnp.sign(jnp.max(upper, axis=1) - jnp.min(lower, axis=1))  # NaN stays, and stops the run
-    return policy.spread((sides * gap[:, None]).reshape(-1), rollout)
+    of_rows = replace(rollout, dense=False)
+    return policy.with_group_advantages(of_rows, config.group_size, advantages.leave_one_out)
 
 
 def pair_loss(output: types.PolicyOutput, rollout: types.Rollout, config: Config) -> Any:
@@ -73,10 +66,10 @@ def pair_loss(output: types.PolicyOutput, rollout: types.Rollout, config: Config
     ``ref_log_probs``.
     """
     groups = (-1, config.group_size)
-    advantages = policy.field(rollout, "advantages", "call prepare first")
-    sides = ops.masked_mean(advantages, rollout.mask, axis=1)  # [B] 1, 0 or -1
-    by_group = sides.reshape(groups)
-    order = jnp.stack([jnp.argmax(by_group, axis=1), jnp.argmin(by_group, axis=1)], axis=1)
+    scores, mask = policy.field(rollout, "advantages", "call prepare first"), rollout.mask
+    upper = jnp.max(jnp.where(mask, scores, -jnp.inf), axis=1).reshape(groups)
+    lower = jnp.min(jnp.where(mask, scores, jnp.inf), axis=1).reshape(groups)
+    order = jnp.stack([jnp.argmax(upper, axis=1), jnp.argmin(lower, axis=1)], axis=1)
 
     def picked(x: Any) -> Any:
         in_groups = x.reshape(*groups, *x.shape[1:])
@@ -87,7 +80,7 @@ def pair_loss(output: types.PolicyOutput, rollout: types.Rollout, config: Config
         picked(rollout.tokens),
         picked(rollout.attention_mask),
         picked(rollout.response_mask),
-        weight=picked(sides)[:, 0],
+        weight=ops.float32(jnp.max(upper, axis=1) > jnp.min(lower, axis=1)),
         ref_log_probs=picked(ops.response_sums(reference, rollout)),
     )
     log_probs = picked(ops.response_sums(output.log_probs, rollout))

@@ -3,11 +3,13 @@ nothing, such as those of equal scores, are replaced by groups of other prompts.
 """
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax.iteration import LoopState
+from rlhf_jax.runs import processes
 from rlhf_jax.types import Metrics, Rollout
 
 if TYPE_CHECKING:
@@ -16,19 +18,25 @@ if TYPE_CHECKING:
 
 def replace_uninformative(
     job: "Job",
+    state: LoopState,
     rollout: Rollout,
     fresh: Iterator[Rollout],
-    informative: Callable[[Rollout], np.ndarray],
+    arguments: Callable[[Rollout], tuple[Any, ...]],
 ) -> tuple[Rollout, Metrics, list[Rollout]]:
     """The rollout, whose groups that teach nothing are replaced by groups of fresh rollouts while
-    there are any; metrics of how often; and for an algorithm that observes them rollouts of all
+    there are any; metrics of how often; and, for an algorithm that observes them, rollouts of all
     other groups that were drawn.
 
     Each round draws a whole batch, so that nothing is compiled anew. The metrics of scores and
     responses are those of the first draw: of the policy, not of the groups that were chosen.
 
-    informative: [groups] bool of a rollout, ``iteration.informative``.
+    arguments: of the update with a rollout.
     """
+
+    def informative(rollout: Rollout) -> np.ndarray:
+        found = job.programs.informative(state, *arguments(rollout))
+        return np.asarray(processes.fetch(found))
+
     wanting = ~informative(rollout)
     shares = [np.mean(wanting)]
     unread = []

@@ -62,7 +62,7 @@ class Programs(NamedTuple):
     informative: Callable[..., Array]  # iteration.informative
     refill: Callable[..., tuple[Rollout, Rollout]]  # iteration.refill
     learn: Callable[..., tuple[LoopState, Metrics]]  # iteration.learn
-    observe: Callable[..., tuple[LoopState, Metrics]]  # iteration.observe
+    observe: Callable[..., tuple[LoopState, Metrics]]  # the algorithm's own; no metrics
     choose: Callable[..., Array] | None  # the algorithm's own choice of prompts, if it has one
 
 
@@ -271,7 +271,12 @@ def compiled(
         mesh=layout.row_mesh,
         **own,
     )
-    observe = functools.partial(iteration.observe, **own)
+
+    def observe(loop: LoopState, rollout: Rollout) -> tuple[LoopState, Metrics]:
+        told: Any = algorithm.observe
+        train = told(loop.train, masked(rollout), config=method.algorithm_config)
+        return replace(loop, train=train), {}
+
     return Programs(
         respond=to_groups,
         respond_to_each=to_each if is_same else respond(validated, 1),
