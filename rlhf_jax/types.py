@@ -329,6 +329,9 @@ class AlgorithmConfig:
     fills ``sampler_log_probs`` [B, T], those of what sampled; all others the reward, as components,
     or the environment."""
 
+    unrewarded: tuple[str, ...] = ()
+    """Which of these may be no entry of the reward with a weight other than 0, such as a cost."""
+
     # Read if the algorithm has ``needs_values``.
     value: str = "shared"
     """shared: a value head on the policy's body; separate: a value model."""

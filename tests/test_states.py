@@ -121,6 +121,34 @@ def test_safe_rlhf_is_its_formula():
     assert config.extras == {"harm": "row"}
 
 
+def test_a_rollout_without_a_cost_leaves_the_multiplier():
+    params = tabular.policy_params(0)
+    config = safe_rlhf.Config(group_size=2, limit=3.0, multiplier_rate=0.2)
+    state = safe_rlhf.State.create(params, HOW["optimizer"])
+    state = replace(state, log_multiplier=jnp.float32(np.log(0.7)))
+    batch = on_policy(params, batch_of([1.0, 0.0, 2.0, 1.0], [0, 0, 1, 1]))
+    for cost, expected in (([np.nan] * 4, 0.7), ([np.nan, 4.0] * 2, 0.7 * np.exp(0.2 * 0.7))):
+        costly = replace(batch, extras={"cost": jnp.float32(np.array(cost))})
+        _, metrics, _ = moved(safe_rlhf, state, costly, config)
+        assert_allclose(metrics["safe/multiplier"], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("entries", [["cost"], ["count:e", "cost*-0.5"], ["cost*0", "count:e"]])
+def test_what_is_rewarded_is_no_cost(entries, tmp_path):
+    """A function of this name gives its score, which is a cost if it has no weight."""
+    file = tmp_path / "costs.py"
+    file.write_text("def cost(responses):\n    return [float(len(text)) for text in responses]\n")
+    entries = [f"{file}:{entry}" if "cost" in entry else entry for entry in entries]
+    config = with_rl(letters_run(tmp_path), num_iterations=1, validation_interval=9)
+    config = replace(config, reward=tuple(entries))
+    run = functools.partial(training.rl.run, config, safe_rlhf, safe_rlhf.Config(group_size=2))
+    if entries[0].endswith("*0"):
+        assert run().metrics["safe/multiplier"] > 1
+        return
+    with pytest.raises(UserError, match=r"safe_rlhf reads cost, .* weight (1|-0\.5): give it .* 0"):
+        run()
+
+
 def constrained(reward, cost, reference, limit, coef):
     """The policy of Safe RLHF's saddle point and its multiplier, by bisection: for each multiplier
     the optimum is reference * exp((r - m c) / coef), normalised.

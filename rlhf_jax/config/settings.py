@@ -757,7 +757,7 @@ class RunConfig(Section):
     """Reward models' folders (or Hugging Face names), or those of their runs, several as mean:A,B,
     min:A,B or uncertainty:A,B, FILE.py:FUNCTION, count:TEXT, length, repetition, diversity,
     regex:PATTERN, math, gym:TASK, http://HOST/PATH, judge:RUBRIC.yaml; SPEC*WEIGHT weighs one
-    of a sum."""
+    of a sum, and `else NUMBER` behind it is its score where it has none."""
     output_dir: str | None = None
     """The run's folder; null: runs/STAGE."""
     seed: CountOrZero = 0

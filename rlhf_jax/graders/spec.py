@@ -1,6 +1,8 @@
 """The reward of a run, from the entries of ``--reward``.
 
-Each entry is ``SPEC`` or ``SPEC*WEIGHT``; several are summed. A SPEC is
+Each entry is ``SPEC`` or ``SPEC*WEIGHT``; several are summed. Behind it ``else NUMBER`` says what
+the score of a response is that the SPEC cannot score; without it such a response is unscored. A
+SPEC is
 
 - a reward model's folder or Hugging Face name; if its tokenizer is not the policy's, it reads the
   texts in its own chat template,
@@ -42,7 +44,7 @@ import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from types import CodeType, ModuleType
+from types import CodeType, MappingProxyType, ModuleType
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import jax
@@ -89,7 +91,7 @@ from rlhf_jax.types import Params, RewardFn, Rollout, ScoreFn
 
 _PAIRS = "pairs:"
 _NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
-_WEIGHTED = re.compile(rf"(.+)\*([-+]?{_NUMBER})")
+_ENTRY = re.compile(rf"(.*?)(?:\*([-+]?{_NUMBER}))?(?: +else +([-+]?{_NUMBER}))?", re.DOTALL)
 _METHODS = get_args(EnsembleMethod)
 _ENSEMBLE = re.compile(rf"({'|'.join(_METHODS)}):(?:(?<=uncertainty:)({_NUMBER}):)?")
 
@@ -109,6 +111,7 @@ class Reward(NamedTuple):
     is_pairs: bool = False  # whether responses are compared, at validations with the first policy's
     # of each part that an alert watches, {name of the part: a response of the last batch}
     examples: tuple[Mapping[str, str], ...] = ()
+    weights: Mapping[str, float] = MappingProxyType({})  # of its entries, by their names
 
 
 class RewardModel(NamedTuple):
@@ -215,19 +218,23 @@ def build_reward(
         )
     reader = _Reader(tokenizer, load, columns, services or Services(), mathematics)
     rewards: dict[str, Reward] = {}
-    weights = {}
+    weights: dict[str, float] = {}
+    instead: dict[str, float] = {}
     for entry in entries:
-        spec, weight = _split_weight(entry)
+        spec, weight, otherwise = _parts(entry)
+        spec = _with_folders(spec)
         name, reward = reader.read(spec, f"{flag} {spec}")
         if name in rewards:
             raise UserError(f"{flag} {entry}: another part is called {name} too; rename one")
         rewards[name] = reward
         weights[name] = weight
+        if otherwise is not None:
+            instead[name] = otherwise
     fns = {name: (reward.fn, weights[name]) for name, reward in rewards.items() if reward.fn}
     if len(fns) < len(rewards):
-        return _sum_on_host(rewards, weights)
+        return _sum_on_host(rewards, weights, instead)
     (fn, weight), *others = fns.values()
-    return Reward(fn=weighted(fns) if others or weight != 1 else fn)
+    return Reward(fn=weighted(fns) if others or weight != 1 else fn, weights=weights)
 
 
 def named(
@@ -236,8 +243,7 @@ def named(
     """What an entry names outside this program, found without a look at the disk: a Python file, a
     URL, the models whose scores it is, or other places.
     """
-    match = _WEIGHTED.fullmatch(entry)
-    spec = match[1] if match else entry
+    spec, _, _ = _parts(entry)
     of_pair = spec.removeprefix(_PAIRS)
     kind, _, rest = of_pair.partition(":")
     file, _, _ = of_pair.rpartition(":")
@@ -262,7 +268,7 @@ def sources(entry: str) -> dict[str, Path]:
 
 def verified(entries: Sequence[str]) -> tuple[bool, list[str]]:
     """Whether the entries have ``math``, and their regular expressions."""
-    specs = [_split_weight(entry)[0] for entry in entries]
+    specs = [_parts(entry)[0] for entry in entries]
     patterns = [spec.removeprefix("regex:") for spec in specs if spec.startswith("regex:")]
     return "math" in specs, patterns
 
@@ -283,9 +289,11 @@ def as_host(reward: Reward) -> HostReward:
     return lambda rollout, columns: jax.device_get(on_devices(reward.fn, rollout))
 
 
-def _sum_on_host(rewards: dict[str, Reward], weights: dict[str, float]) -> Reward:
-    """As ``weighted``. The sum of a row has the rewards that can score it; a row that none can
-    score is unscored.
+def _sum_on_host(
+    rewards: dict[str, Reward], weights: dict[str, float], instead: dict[str, float]
+) -> Reward:
+    """As ``weighted``. A row that a reward with a weight cannot score is unscored, unless that says
+    what its score is then (``instead``).
     """
     hosts = {name: as_host(reward) for name, reward in rewards.items()}
     counts = [reward.take_unparsed for reward in rewards.values() if reward.take_unparsed]
@@ -294,20 +302,28 @@ def _sum_on_host(rewards: dict[str, Reward], weights: dict[str, float]) -> Rewar
         of_rewards: dict[str, list[Score]] = {}
         components: dict[str, list[Score]] = {}
         for name, host in hosts.items():
-            scored = row_scores(host, rollout, columns, f"the reward {name}")
-            of_rewards[name] = scored.scores
-            components[name] = list(map(row_score, scored.scores))
-            components |= {f"{name}/{part}": v for part, v in scored.components.items()}
+            found = row_scores(host, rollout, columns, f"the reward {name}")
+            of_rewards[name] = found.scores
+            components[name] = list(map(row_score, found.scores))
+            components |= {f"{name}/{part}": v for part, v in found.components.items()}
         sums: list[Score] = []
         for row, mask in enumerate(rollout.mask):
-            said = {name: scores[row] for name, scores in of_rewards.items()}
-            given = [(weights[n], x) for n, x in said.items() if not isinstance(x, Unscored)]
-            is_dense = any(isinstance(x, np.ndarray) for _, x in given)
-            if given:
-                sums.append(sum(w * (at_tokens(x, mask) if is_dense else x) for w, x in given))
-            else:
-                reasons = dict.fromkeys(x.reason for x in said.values() if isinstance(x, Unscored))
-                sums.append(Unscored("; ".join(reasons)))
+            given: dict[str, float | np.ndarray] = {}
+            missing: dict[str, str] = {}
+            for name, scores in of_rewards.items():
+                if not isinstance(scored := scores[row], Unscored):
+                    given[name] = scored
+                elif name in instead:
+                    given[name] = instead[name]
+                elif weights[name]:
+                    missing[name] = scored.reason
+            if missing:
+                reasons = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
+                sums.append(Unscored(reasons, tuple(missing)))
+                continue
+            is_dense = any(isinstance(x, np.ndarray) for x in given.values())
+            placed = ((weights[n], at_tokens(x, mask) if is_dense else x) for n, x in given.items())
+            sums.append(sum(weight * x for weight, x in placed))
         return sums, components
 
     return Reward(
@@ -315,17 +331,23 @@ def _sum_on_host(rewards: dict[str, Reward], weights: dict[str, float]) -> Rewar
         take_unparsed=(lambda: sum(count() for count in counts)) if counts else None,
         examples=tuple(part for reward in rewards.values() for part in reward.examples),
         is_pairs=any(reward.is_pairs for reward in rewards.values()),
+        weights=weights,
     )
 
 
-def _split_weight(entry: str) -> tuple[str, float]:
-    """SPEC, with ``model/`` in place of a run's folder, and WEIGHT."""
-    match = _WEIGHTED.fullmatch(entry)
-    spec = match[1] if match else entry
+def _parts(entry: str) -> tuple[str, float, float | None]:
+    """SPEC, WEIGHT, and NUMBER or None."""
+    match = _ENTRY.fullmatch(entry)
+    assert match is not None, "a SPEC may be any text"
+    spec, weight, instead = match.groups()
+    return spec, float(weight or 1.0), None if instead is None else float(instead)
+
+
+def _with_folders(spec: str) -> str:
+    """SPEC, with ``model/`` in place of a run's folder."""
     pairs = _PAIRS if spec.startswith(_PAIRS) else ""
     method, names = _split_method(spec.removeprefix(pairs))
-    spec = pairs + method + ",".join(map(model_folder, names))
-    return spec, float(match[2]) if match else 1.0
+    return pairs + method + ",".join(map(model_folder, names))
 
 
 def _split_method(spec: str) -> tuple[str, list[str]]:

@@ -29,6 +29,7 @@ class Unscored(NamedTuple):
     """
 
     reason: str
+    parts: tuple[str, ...] = ()  # of a sum, which have no score
 
 
 Score = float | np.ndarray | Unscored

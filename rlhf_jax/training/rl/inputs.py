@@ -192,6 +192,12 @@ def load(
         reward = _given_reward(given.reward, tokenizer, prompts.columns)
     else:
         reward = build(sources.reward, columns=prompts.columns, mathematics=sources.math)
+    for name in method.algorithm_config.unrewarded:
+        if weight := reward.weights.get(name):
+            raise UserError(
+                f"{run.name} reads {name}, and the entry {name} of --reward is rewarded with the "
+                f"weight {weight:g}: give it a weight of 0, or read a component of it, {name}/NAME"
+            )
     enforce = None
     if guard is not None:
         reward = reward._replace(fn=None, host=spec.as_host(reward))
@@ -201,7 +207,7 @@ def load(
         on_devices = jax.tree.map(jnp.asarray, reward.fn)
         is_offloaded = "reward" in compute.offload
         fn = initial.frozen(layout, on_devices, is_offloaded=is_offloaded)
-        reward = spec.Reward(fn=fn)
+        reward = reward._replace(fn=fn)
     return Inputs(
         policy, prompts, to_validate, reward, judge, enforce, environment, taught_by, ask_teacher
     )
