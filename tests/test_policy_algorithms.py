@@ -139,6 +139,12 @@ def test_explained_variance_by_hand(gae_lambda):
     rewards, values = [[1, 2], [1, 9]], np.array([[0.0, 1.0], [2.0, np.nan]])
     found = explained(rewards, values, np.array([[1, 1], [1, 0]]), gae_lambda=gae_lambda)
     assert found == pytest.approx(1 - (8 / 3) / (2 / 3))
+    units = [2 / 3, 1.0]  # of rewards, or normalised
+    for is_normalized, variance in enumerate(units):
+        config = {"gae_lambda": gae_lambda, "normalize_returns": bool(is_normalized)}
+        made = prepared(rewards, values, np.array([[1, 1], [1, 0]]), **config)
+        metrics = ppo.explained_variance(made, ppo.Config(**config), None)
+        assert metrics["value/return_variance"] == pytest.approx(variance)
     # gamma 1/2: returns (2, 2) and (3).
     rewards = [[1, 2], [3, 0]]
     values = np.array([[2.0, 2.5], [3.0, 0.0]])

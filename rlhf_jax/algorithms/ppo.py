@@ -159,7 +159,8 @@ def loss(
 
 def explained_variance(rollout: Rollout, config: Config, axis_name: AxisName) -> Metrics:
     """``value/explained_variance`` of a prepared rollout's own values, ``1 - var(G - values) /
-    var(G)`` over response tokens; 0 where G does not vary.
+    var(G)`` over response tokens; 0 where G does not vary. And ``value/return_variance``, var(G) in
+    the unit of ``value/loss``.
 
     G is the Monte-Carlo return, the discounted sum of the rewards from the token on. It does not
     contain the values, as the lambda-return does, which is why a value function of noise is below
@@ -178,7 +179,7 @@ def explained_variance(rollout: Rollout, config: Config, axis_name: AxisName) ->
     # Returns that differ only by rounding (float32: 1e-7 of the values, squared) do not vary.
     varies = var_returns > 1e-12 * var_errors
     share = jnp.where(varies, 1.0 - var_errors / jnp.where(varies, var_returns, 1.0), 0.0)
-    return {"value/explained_variance": share}
+    return {"value/explained_variance": share, "value/return_variance": var_returns}
 
 
 update = policy.updater(prepare, loss, explained_variance)
