@@ -296,6 +296,19 @@ def test_loss_and_gradient_equal_numpy(name):
     assert np.abs(by_hand).max() > 0.01
 
 
+def test_gdpo_without_scales_adds_differences_from_the_mean():
+    """A component of ten times the spread then counts ten times as much."""
+    scores = np.float32([0, 1, 2, 5, 1, 1, 4, 2])
+    extras = {"correct": scores, "format": 10 * scores[::-1]}
+    rollout = tabular.rollout(0, [1] * 8).replace(scores=scores, extras=extras, advantages=None)
+    how = {"group_size": 4, "components": ("correct", "format"), "weights": (2.0, 0.5)}
+    prepared = gdpo.prepare(rollout, config=gdpo.Config(scale=False, **how))
+    total = 2.0 * scores + 0.5 * 10 * scores[::-1]
+    total -= np.repeat(total.reshape(2, 4).mean(axis=1), 4)
+    found = np.asarray(prepared.advantages).sum(axis=1)
+    assert_allclose(found, total / total.std(), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["gdpo", "batch"])
 def test_the_mean_of_the_batch_is_over_all_devices(name):
     module, settings = METHODS[name]

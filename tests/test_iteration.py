@@ -20,9 +20,10 @@ from tabular import rollout as tabular_rollout
 
 from rlhf_jax import iteration, models, rewards, sampling, sharding
 from rlhf_jax.algorithms import vpg
-from rlhf_jax.config import RLStage
+from rlhf_jax.config import RLStage, RunConfig, model_source
 from rlhf_jax.data.encoding import EncodedPrompts
 from rlhf_jax.graders import spec
+from rlhf_jax.training.rl import method
 from rlhf_jax.training.rl.programs import rules
 from rlhf_jax.training.rl.run import collect
 from rlhf_jax.training.rl.schedule import Batch
@@ -349,21 +350,25 @@ def test_the_update_reads_rewards_less_the_kl_and_the_scores_as_they_were():
     assert metrics["objective/kl"] == pytest.approx((0.25 - 3) / 2)
 
 
-def test_the_kl_is_a_mean_of_row_sums_and_its_default_horizon_is_ten_iterations():
+@pytest.mark.parametrize(("horizon", "factor"), [(None, 1.02), (12, 1 + 0.2 * 3 / 12)])
+def test_the_kl_is_a_mean_of_row_sums_and_its_default_horizon_is_ten_iterations(horizon, factor):
     """Rows of 2, 3 and no tokens at ln 2 each are 2.5 ln 2 nats a row; the coefficient then moves
-    by a tenth of .2.
+    by a tenth of .2, or with the horizon of the settings by three twelfths.
     """
     nats = math.log(2)
     batch = tabular_rollout(0, [2, 3, 0])
     ref_log_probs = np.asarray(batch.log_probs) - np.float32(nats)
     batch = batch.replace(ref_log_probs=ref_log_probs, rewards=None)
     batch = batch.replace(scores=f32(1.0, 2.0, math.nan))
-    learn = learning(Recorder, penalty=iteration.kl_penalty(0.15, target=0.5))
+    settings = RLStage(kl_coef=0.15, kl_target=0.5, kl_horizon=horizon)
+    source = model_source(RunConfig())
+    penalty = method.penalty_of(source, settings, method.completed(vpg), vpg.Config())
+    learn = learning(Recorder, penalty=penalty)
     start = iteration.LoopState.create(None, 0.15)
     loop, metrics = learn(start, batch, None, iteration.Functions(None))
     assert_allclose(metrics["objective/kl"], 2.5 * nats, rtol=1e-6)
     assert_allclose(metrics["objective/reward"], 1.5 - 0.15 * 2.5 * nats, rtol=1e-6)
-    assert_allclose(loop.kl_coef, 0.15 * 1.02, rtol=1e-6)
+    assert_allclose(loop.kl_coef, 0.15 * factor, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

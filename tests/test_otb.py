@@ -76,6 +76,14 @@ def test_each_token_has_the_baseline_of_its_group_and_column():
     assert_array_equal(equal, np.zeros(MASK.shape))
 
 
+def test_the_weights_are_of_the_policy_that_learns():
+    """Log-probs of a rollout may be an older policy's, or an engine's."""
+    stale = replace(rollout(), log_probs=rollout().log_probs - 0.7)
+    assert_array_equal(
+        prepare(stale, state=START).advantages, prepare(rollout(), state=START).advantages
+    )
+
+
 def test_an_update_learns_from_these_advantages():
     """One step without a clip is that of the policy gradient by a loop over tokens."""
     config = replace(CONFIG, num_minibatches=1, num_microbatches=2)
