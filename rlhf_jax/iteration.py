@@ -296,13 +296,13 @@ def scored(
         scores = rollout.rewards + ops.at_end(scores, rollout.response_mask)
     if scores.ndim == 2:
         rollout = replace(rollout, rewards=scores)
-        scores = _row_sums(scores, rollout)
+        scores = ops.response_sums(scores, rollout)
     present = rollout.present
     lengths, _ = rewards.length()(rollout)
     metrics = {}
     for name, values in components.items():
         own = present if has_score is None else present & has_score[name]
-        of_rows = values if values.ndim == 1 else _row_sums(values, rollout)
+        of_rows = values if values.ndim == 1 else ops.response_sums(values, rollout)
         metrics[f"reward/{name}"] = ops.masked_mean(of_rows, own)
     metrics["reward/length_correlation"] = _correlation(scores, lengths, present)
     metrics["objective/score"] = ops.masked_mean(scores, present)
@@ -441,7 +441,7 @@ def kl_penalty(coef: float, *, target: float | None = None, horizon: int | None 
         shaped = rewards.kl_shaped(_unshaped(rollout), coef)
         assert rollout.ref_log_probs is not None, "kl_shaped checks it"
         per_token = ops.kl(rollout.log_probs, rollout.ref_log_probs)
-        kl = ops.masked_mean(_row_sums(per_token, rollout), rollout.present)
+        kl = ops.masked_mean(ops.response_sums(per_token, rollout), rollout.present)
         metrics = {"objective/kl": kl, "kl/coef": coef}
         if target is None:
             return shaped, coef, metrics
@@ -467,8 +467,8 @@ def informative(
     masked: Rule = unchanged,
 ) -> Array:
     """[groups] whether the algorithm learns from each group of a scored rollout: by the advantages
-    that its ``prepare`` makes of the rewards without a penalty (``policy.informative``). Without a
-    ``prepare`` by its rewards, which must differ. Arguments as ``learn``.
+    that its ``prepare`` makes of the rewards without a penalty; without one, whether rewards
+    differ. Arguments as ``learn``.
     """
     rewards, _, _ = NO_PENALTY.apply(loop.kl_coef, shape(rollout))
     counted = replace(masked(rollout), rewards=rewards)
@@ -485,9 +485,8 @@ def _by_rewards(rollout: Rollout, *, config: Any, axis_name: None) -> Rollout:
 def refill(
     kept: Rollout, *, fresh: Rollout, wanting: Array, offered: Array, mesh: Mesh | None = None
 ) -> tuple[Rollout, Rollout]:
-    """Replaces groups of ``kept``, those that are ``wanting`` [groups], in order by the groups of
-    ``fresh`` that are ``offered`` [groups]. And the rest: ``fresh`` with the groups that were
-    replaced in the places of those that were taken.
+    """``kept`` whose ``wanting`` [groups] are replaced, in order, by the ``offered`` [groups] of
+    ``fresh``; and the rest, ``fresh`` with the replaced groups in the places of the taken ones.
     """
     group_size = len(kept.tokens) // len(wanting)
     number = jnp.cumsum(wanting) - 1  # of the replacement
@@ -536,7 +535,7 @@ def learn(
         mesh: its "data" axis holds the rows of a minibatch.
     """
     shaped, kl_coef, metrics = penalty.apply(loop.kl_coef, shape(rollout))
-    row_reward = _row_sums(shaped, rollout)
+    row_reward = ops.response_sums(shaped, rollout)
     metrics = metrics | {"objective/reward": ops.masked_mean(row_reward, rollout.present)}
     counted = masked(rollout)
     if masked is not unchanged:
@@ -653,19 +652,7 @@ def _checked(made: Any) -> tuple[TrainState, Metrics]:
 
 def _correlation(x: Array, y: Array, mask: Array) -> Array:
     """Pearson's correlation of x and y [B] over the rows of the mask; 0 if one is constant."""
-    pair = jnp.stack([x, y])
-    lowest = jnp.where(mask, pair, jnp.inf).min(axis=1)
-    highest = jnp.where(mask, pair, -jnp.inf).max(axis=1)
-    # Compared exactly: the rounding errors of two constants would correlate.
-    varies = jnp.all(highest > lowest)
-    x, _ = ops.centred(x, mask)
-    y, _ = ops.centred(y, mask)
-    variance_x = ops.masked_mean(x * x, mask)
-    variance_y = ops.masked_mean(y * y, mask)
-    covariance = ops.masked_mean(x * y, mask)
-    spread = jnp.sqrt(variance_x * variance_y)
-    return jnp.where(varies, covariance / jnp.where(varies, spread, 1.0), 0.0)
-
-
-def _row_sums(values: Array, rollout: Rollout) -> Array:
-    return jnp.sum(jnp.where(rollout.mask, values, 0.0), axis=1)
+    (x, mean_x), (y, mean_y) = ops.centred(x, mask), ops.centred(y, mask)
+    scale_x = ops.inverse_deviation(ops.masked_mean(x * x, mask), mean_x)
+    scale_y = ops.inverse_deviation(ops.masked_mean(y * y, mask), mean_y)
+    return ops.masked_mean(x * y, mask) * jnp.squeeze(scale_x * scale_y)

@@ -204,9 +204,8 @@ def masked_var(x: Array, mask: Array, axis: Axis = None, axis_name: AxisName = N
 
 
 def inverse_deviation(var: Array, mean: Array | float) -> Array:
-    """``1 / sqrt(var + (1e-7 mean)^2)`` of numbers with this variance and mean, whatever their
-    unit: what differs by the rounding of float32 alone is not scaled up to 1. 0 of equal numbers,
-    whose variance is 0, with a gradient of 0.
+    """``1 / sqrt(var + (1e-7 mean)^2)`` of numbers of any unit with this variance and mean: those
+    that differ by rounding alone are not scaled up to 1. 0, as its gradient, if the variance is 0.
     """
     varies = var != 0  # NaN too
     scale = jnp.where(varies, var + jnp.square(1e-7 * mean), 1.0)
@@ -298,7 +297,7 @@ def entropy(logits: Array, temperature: float | Array = 1.0, support: Array | No
     return _align(-jnp.sum(terms, axis=-1))
 
 
-def among(logits: Array, support: Array | None) -> Array:
+def among(logits: Array, support: Array | None = None) -> Array:
     """The logits of the ids in a sampler's support: a softmax of them is the distribution that it
     drew from.
 

@@ -375,11 +375,11 @@ class Algorithm(Protocol):
       samples in training, see ``iteration.respond_by``,
     - ``choose(state, key, *, rows, number, config) -> [number] int32``: the data rows of the next
       step's prompts, among ``rows`` [N]; without it they are drawn in epochs,
-    - ``prepare(rollout, *, config, axis_name=None) -> Rollout`` with ``advantages``: says from
-      which groups the algorithm learns, where others are replaced (``rl.dynamic_sampling``); if
-      it has parameters ``state``, ``key`` or ``policy_fn`` it gets those of the update,
-    - ``observe(state, rollout, *, config, axis_name=None) -> state``: is told after the update of
-      the scored groups that were replaced, and of those that were drawn for them and not used.
+    - ``prepare(rollout, *, config, axis_name=None) -> Rollout`` with ``advantages``: by these
+      ``rl.dynamic_sampling`` knows which groups teach; it may have parameters ``state``, ``key``
+      and ``policy_fn``, of the update,
+    - ``observe(state, rollout, *, config, axis_name=None) -> state``: after an update, is told of
+      the scored groups that dynamic sampling has left out.
 
     ``loss(params, rollout, key, *, policy_fn, config)`` of this package's algorithms is for those
     who compose them: no run calls it.

@@ -139,7 +139,7 @@ def test_a_traced_reward_on_the_host():
     ],
 )
 def test_an_entry_is_a_spec_a_weight_and_what_its_absence_is_worth(entry, parts):
-    assert spec._parts(entry) == parts
+    assert spec._split(entry) == parts
     if entry.startswith(("mine", "judge")):
         assert spec.named(entry) == spec.named(parts[0])
 

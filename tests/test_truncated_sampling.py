@@ -495,7 +495,7 @@ def test_each_algorithm_learns_among_the_support_or_says_why_not(name):
         return jax.tree.map(np.subtract, params, after.params), metrics
 
     if name == "replay":  # its buffer has none
-        with pytest.raises(UserError, match=r"replay keeps no supports: leave rl\.top_k"):
+        with pytest.raises(UserError, match=r"replay has no supports: leave rl\.top_k"):
             updated(among, made)
         return
     gradient, metrics = updated(among, made)

@@ -27,11 +27,9 @@ class Config(policy.Config):
         ops.check_numbers(self, "group_size", at_least=2)
 
 
-def sum_squares(logits: Array, support: Array | None = None) -> Array:
-    """``sum_v p_v^2`` [...] of the softmax p of logits [..., V], or of those in a support [...,
-    K].
-    """
-    logits = ops.among(logits, support)
+def sum_squares(logits: Array, *support: Array) -> Array:
+    """``sum_v p_v^2`` [...] of the softmax p of logits [..., V], or of those in a support."""
+    logits = ops.among(logits, *support)
     return jnp.exp(jax.nn.logsumexp(2 * logits, -1) - 2 * jax.nn.logsumexp(logits, -1))
 
 

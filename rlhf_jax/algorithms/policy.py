@@ -385,10 +385,9 @@ def updater(
     ``num_epochs`` passes of ``num_minibatches`` optimizer steps on its ``loss``.
 
     Its metrics are those of ``loss`` with ``loss``, ``grad_norm`` and ``nonfinite``, averaged over
-    the steps (``ratio_max``, ``nonfinite``: the maximum), ``rollout_metrics`` and, of advantages
-    without a teacher, ``reward/equal_share``, the share of groups that are not informative. Its
-    config is a ``Batching``, or any object with the passes and batches of
-    ``types.AlgorithmConfig``.
+    the steps (``ratio_max``, ``nonfinite``: the maximum), ``rollout_metrics`` and, if advantages
+    are all that it learns from, ``reward/equal_share`` of ``informative_groups``. Its config is a
+    ``Batching``, or any object with the passes and batches of ``types.AlgorithmConfig``.
 
     Args:
       prepare, loss: as in ``types.Algorithm``.
@@ -414,10 +413,8 @@ def updater(
     ) -> tuple[State, Metrics]:
         """``prepare``, then ``num_epochs`` passes of ``num_minibatches`` optimizer steps on
         ``loss``; see ``policy.updater``."""
-        # Behind the keys of ``minibatch_epochs``: no key is used twice.
-        own_key = jax.random.fold_in(key, 2 * config.num_epochs)
-        offered = {"state": state, "key": own_key, "policy_fn": policy_fn}
-        own = wanted(prepare, offered)
+        own_key = jax.random.fold_in(key, 2 * config.num_epochs)  # behind those of the passes
+        own = wanted(prepare, {"state": state, "key": own_key, "policy_fn": policy_fn})
         prepared = prepare(rollout, config=config, axis_name=axis_name, **own)
         bound: LossFn = partial(loss, policy_fn=policy_fn, config=config)
         if differentiable:

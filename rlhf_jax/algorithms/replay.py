@@ -58,9 +58,7 @@ def prepare(
 ) -> Rollout:
     """The rows of ``grpo.prepare``, then as many of the buffer. ``axis_name`` is None."""
     if rollout.support is not None:
-        raise UserError(
-            "replay keeps no supports: leave rl.top_k, top_p, min_p, min_new_tokens out"
-        )
+        raise UserError("replay has no supports: leave rl.top_k, top_p, min_p, min_new_tokens out")
     new = grpo.prepare(rollout, config=config)
     rows, columns = new.tokens.shape
     wider = state.buffer["tokens"].shape[1] - columns  # a batch is as wide as its prompts

@@ -29,18 +29,16 @@ class Config(policy.Batching):
     extras = MappingProxyType({"teacher_tokens": "token", "teacher_mask": "token"})
 
 
-def likeliest(logits: Array, support: Array | None = None, *, top_k: int) -> tuple[Array, Array]:
-    """[..., K] ids, or places in a support, and [..., K + 1] their log-probs and that of all
-    others.
-    """
-    logits = ops.among(logits, support)
+def likeliest(logits: Array, *support: Array, top_k: int) -> tuple[Array, Array]:
+    """[..., K] ids, or places in a support, and [..., K + 1] their log-probs and the others'."""
+    logits = ops.among(logits, *support)
     _, ids = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))
     return ids, at_ids(logits, ids)
 
 
-def at_ids(logits: Array, ids: Array, support: Array | None = None) -> Array:
+def at_ids(logits: Array, ids: Array, *support: Array) -> Array:
     """[..., K + 1] the log-probs of the ids [..., K], and that of all others."""
-    logits = ops.among(logits, support)
+    logits = ops.among(logits, *support)
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), ids, axis=-1)
     together = jnp.minimum(jax.nn.logsumexp(chosen, axis=-1, keepdims=True), -1e-7)
     return jnp.concatenate([chosen, jnp.log(-jnp.expm1(together))], axis=-1)

@@ -91,7 +91,7 @@ from rlhf_jax.types import Params, RewardFn, Rollout, ScoreFn
 
 _PAIRS = "pairs:"
 _NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
-_ENTRY = re.compile(rf"(.*?)(?:\*([-+]?{_NUMBER}))?(?: +else +([-+]?{_NUMBER}))?", re.DOTALL)
+_ENTRY = re.compile(rf"(?s)\A(.*?)(?:\*([-+]?{_NUMBER}))?(?: +else +([-+]?{_NUMBER}))?\Z")
 _METHODS = get_args(EnsembleMethod)
 _ENSEMBLE = re.compile(rf"({'|'.join(_METHODS)}):(?:(?<=uncertainty:)({_NUMBER}):)?")
 
@@ -112,6 +112,10 @@ class Reward(NamedTuple):
     # of each part that an alert watches, {name of the part: a response of the last batch}
     examples: tuple[Mapping[str, str], ...] = ()
     weights: Mapping[str, float] = MappingProxyType({})  # of its entries, by their names
+
+
+Part = tuple[Reward, float, float | None]
+"""A reward of a sum, its weight, and what its absence is worth, if it says so."""
 
 
 class RewardModel(NamedTuple):
@@ -217,22 +221,17 @@ def build_reward(
             f"regex:PATTERN, math, gym:TASK, count:TEXT, {', '.join(_TERMS)}, as in {flag} count:e"
         )
     reader = _Reader(tokenizer, load, columns, services or Services(), mathematics)
-    rewards: dict[str, Reward] = {}
-    weights: dict[str, float] = {}
-    instead: dict[str, float] = {}
+    parts: dict[str, Part] = {}
     for entry in entries:
-        spec, weight, otherwise = _parts(entry)
-        spec = _with_folders(spec)
+        spec, weight, instead = _split(entry)
         name, reward = reader.read(spec, f"{flag} {spec}")
-        if name in rewards:
+        if name in parts:
             raise UserError(f"{flag} {entry}: another part is called {name} too; rename one")
-        rewards[name] = reward
-        weights[name] = weight
-        if otherwise is not None:
-            instead[name] = otherwise
-    fns = {name: (reward.fn, weights[name]) for name, reward in rewards.items() if reward.fn}
-    if len(fns) < len(rewards):
-        return _sum_on_host(rewards, weights, instead)
+        parts[name] = (reward, weight, instead)
+    weights = {name: weight for name, (_, weight, _) in parts.items()}
+    fns = {name: (part[0].fn, weights[name]) for name, part in parts.items() if part[0].fn}
+    if len(fns) < len(parts):
+        return _sum_on_host(parts)._replace(weights=weights)
     (fn, weight), *others = fns.values()
     return Reward(fn=weighted(fns) if others or weight != 1 else fn, weights=weights)
 
@@ -243,7 +242,7 @@ def named(
     """What an entry names outside this program, found without a look at the disk: a Python file, a
     URL, the models whose scores it is, or other places.
     """
-    spec, _, _ = _parts(entry)
+    [(spec, _, _)] = _ENTRY.findall(entry)
     of_pair = spec.removeprefix(_PAIRS)
     kind, _, rest = of_pair.partition(":")
     file, _, _ = of_pair.rpartition(":")
@@ -268,7 +267,7 @@ def sources(entry: str) -> dict[str, Path]:
 
 def verified(entries: Sequence[str]) -> tuple[bool, list[str]]:
     """Whether the entries have ``math``, and their regular expressions."""
-    specs = [_parts(entry)[0] for entry in entries]
+    specs = [_split(entry)[0] for entry in entries]
     patterns = [spec.removeprefix("regex:") for spec in specs if spec.startswith("regex:")]
     return "math" in specs, patterns
 
@@ -289,65 +288,53 @@ def as_host(reward: Reward) -> HostReward:
     return lambda rollout, columns: jax.device_get(on_devices(reward.fn, rollout))
 
 
-def _sum_on_host(
-    rewards: dict[str, Reward], weights: dict[str, float], instead: dict[str, float]
-) -> Reward:
-    """As ``weighted``. A row that a reward with a weight cannot score is unscored, unless that says
-    what its score is then (``instead``).
+def _sum_on_host(parts: dict[str, Part]) -> Reward:
+    """As ``weighted``. A row that a part with a weight cannot score, and that does not say what its
+    absence is worth, is unscored.
     """
-    hosts = {name: as_host(reward) for name, reward in rewards.items()}
-    counts = [reward.take_unparsed for reward in rewards.values() if reward.take_unparsed]
+    rewards = [reward for reward, _, _ in parts.values()]
+    hosts = {name: as_host(reward) for name, (reward, _, _) in parts.items()}
+    counts = [reward.take_unparsed for reward in rewards if reward.take_unparsed]
 
     def score(rollout: Rollout, columns: Columns) -> HostScores:
-        of_rewards: dict[str, list[Score]] = {}
+        of_parts: dict[str, list[Score]] = {}
         components: dict[str, list[Score]] = {}
-        for name, host in hosts.items():
-            found = row_scores(host, rollout, columns, f"the reward {name}")
-            of_rewards[name] = found.scores
-            components[name] = list(map(row_score, found.scores))
-            components |= {f"{name}/{part}": v for part, v in found.components.items()}
+        for name, (_, weight, instead) in parts.items():
+            scored = row_scores(hosts[name], rollout, columns, f"the reward {name}")
+            components[name] = list(map(row_score, scored.scores))
+            components |= {f"{name}/{part}": v for part, v in scored.components.items()}
+            worth = instead if weight else 0.0
+            of_parts[name] = [
+                x if worth is None or not isinstance(x, Unscored) else worth for x in scored.scores
+            ]
         sums: list[Score] = []
         for row, mask in enumerate(rollout.mask):
-            given: dict[str, float | np.ndarray] = {}
-            missing: dict[str, str] = {}
-            for name, scores in of_rewards.items():
-                if not isinstance(scored := scores[row], Unscored):
-                    given[name] = scored
-                elif name in instead:
-                    given[name] = instead[name]
-                elif weights[name]:
-                    missing[name] = scored.reason
+            said = {name: scores[row] for name, scores in of_parts.items()}
+            missing = {name: x.reason for name, x in said.items() if isinstance(x, Unscored)}
+            given = [(parts[n][1], x) for n, x in said.items() if not isinstance(x, Unscored)]
+            is_dense = any(isinstance(x, np.ndarray) for _, x in given)
             if missing:
-                reasons = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
-                sums.append(Unscored(reasons, tuple(missing)))
-                continue
-            is_dense = any(isinstance(x, np.ndarray) for x in given.values())
-            placed = ((weights[n], at_tokens(x, mask) if is_dense else x) for n, x in given.items())
-            sums.append(sum(weight * x for weight, x in placed))
+                reasons = [f"{name}: {reason}" for name, reason in missing.items()]
+                sums.append(Unscored("; ".join(reasons), tuple(missing)))
+            else:
+                sums.append(sum(w * (at_tokens(x, mask) if is_dense else x) for w, x in given))
         return sums, components
 
     return Reward(
         host=score,
         take_unparsed=(lambda: sum(count() for count in counts)) if counts else None,
-        examples=tuple(part for reward in rewards.values() for part in reward.examples),
-        is_pairs=any(reward.is_pairs for reward in rewards.values()),
-        weights=weights,
+        examples=tuple(part for reward in rewards for part in reward.examples),
+        is_pairs=any(reward.is_pairs for reward in rewards),
     )
 
 
-def _parts(entry: str) -> tuple[str, float, float | None]:
-    """SPEC, WEIGHT, and NUMBER or None."""
-    match = _ENTRY.fullmatch(entry)
-    assert match is not None, "a SPEC may be any text"
-    spec, weight, instead = match.groups()
-    return spec, float(weight or 1.0), None if instead is None else float(instead)
-
-
-def _with_folders(spec: str) -> str:
-    """SPEC, with ``model/`` in place of a run's folder."""
+def _split(entry: str) -> tuple[str, float, float | None]:
+    """SPEC, with ``model/`` in place of a run's folder, WEIGHT, and NUMBER or None."""
+    [(spec, weight, instead)] = _ENTRY.findall(entry)
     pairs = _PAIRS if spec.startswith(_PAIRS) else ""
     method, names = _split_method(spec.removeprefix(pairs))
-    return pairs + method + ",".join(map(model_folder, names))
+    spec = pairs + method + ",".join(map(model_folder, names))
+    return spec, float(weight or 1.0), float(instead) if instead else None
 
 
 def _split_method(spec: str) -> tuple[str, list[str]]:

@@ -24,8 +24,7 @@ def replace_uninformative(
     arguments: Callable[[Rollout], tuple[Any, ...]],
 ) -> tuple[Rollout, Metrics, list[Rollout]]:
     """The rollout, whose groups that teach nothing are replaced by groups of fresh rollouts while
-    there are any; metrics of how often; and, for an algorithm that observes them, rollouts of all
-    other groups that were drawn.
+    there are any; metrics of how often; and for an algorithm that observes them all other groups.
 
     Each round draws a whole batch, so that nothing is compiled anew. The metrics of scores and
     responses are those of the first draw: of the policy, not of the groups that were chosen.
@@ -43,13 +42,9 @@ def replace_uninformative(
     while wanting.any() and (drawn := next(fresh, None)) is not None:
         offered = informative(drawn)
         shares.append(np.mean(~offered))
-        where = {"wanting": wanting, "offered": offered}
-        rollout, rest = job.programs.refill(rollout, fresh=drawn, **where)
+        rollout, rest = job.programs.refill(rollout, fresh=drawn, wanting=wanting, offered=offered)
         if job.method.algorithm.observe is not None:
             unread.append(rest)
         wanting[np.flatnonzero(wanting)[: offered.sum()]] = False
-    metrics = {
-        "sampling/rounds": jnp.float32(len(shares) - 1),
-        "sampling/uninformative": jnp.float32(np.mean(shares)),
-    }
-    return rollout, metrics, unread
+    rounds, share = jnp.float32(len(shares) - 1), jnp.float32(np.mean(shares))
+    return rollout, {"sampling/rounds": rounds, "sampling/uninformative": share}, unread
