@@ -315,6 +315,19 @@ def test_an_algorithm_says_which_groups_teach(algorithm, settings, scores, extra
     assert ask(batch).tolist() == list(expected)
 
 
+@pytest.mark.parametrize("of_rows", [True, False])
+def test_what_stands_outside_a_response_teaches_nothing(of_rows):
+    """Advantages of rows or of tokens, of a missing row and outside the responses."""
+    batch = scored_rollout([0.0] * 4)
+    batch = replace(batch, response_mask=batch.response_mask.at[0].set(0))
+    advantages = jnp.array([5.0, 0.0, 0.0, 1.0])
+    if not of_rows:
+        advantages = jnp.where(batch.mask, advantages[:, None], jnp.nan)
+    prepared = replace(batch, advantages=advantages)
+    found = policy.informative_groups(batch, prepared, rloo.Config(group_size=2))
+    assert found.tolist() == [False, True]
+
+
 def test_groups_are_asked_after_the_rules():
     """What ended loses nothing, and what did not is masked: then one row of each pair is left."""
     loop, batch = of_groups(grpo, PAIRS, [1, 1, 1, 2], {})

@@ -309,6 +309,18 @@ def test_gdpo_without_scales_adds_differences_from_the_mean():
     assert_allclose(found, total / total.std(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_gdpo_learns_nothing_from_a_group_of_equal_components(seed):
+    """Exactly, though the mean of the other groups is rounded."""
+    scores = np.float32(np.random.default_rng(seed).normal(size=12).round(1))
+    scores[8:] = 0.7
+    rollout = tabular.rollout(0, [1] * 12).replace(extras={"correct": scores}, advantages=None)
+    config = gdpo.Config(group_size=4, components=("correct",), weights=(0.3,))
+    found = np.asarray(gdpo.prepare(rollout, config=config).advantages).sum(axis=1)
+    assert_array_equal(found[8:], np.zeros(4))
+    assert_allclose(np.mean(found**2), 1, rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["gdpo", "batch"])
 def test_the_mean_of_the_batch_is_over_all_devices(name):
     module, settings = METHODS[name]

@@ -593,20 +593,24 @@ RUNS = {
 
 def test_each_group_that_dynamic_sampling_draws_reaches_the_record_once(tmp_path):
     """Half of the prompts are always or never answered right: their groups are replaced, or not
-    used. The record is that of all calls of the reward.
+    used. The record is that of all calls of the reward, without responses that did not end.
     """
     calls = []
 
-    def score(prompts, responses, letter):
+    def score(prompts, responses, letter, completion_ids):
         numbers = np.array([ord(c) - ord("a") for c in letter])
         odd = np.array([len(set(text)) % 2 for text in responses])
-        calls.append((numbers, np.where(numbers < 8, numbers % 2, odd)))
+        ends = [
+            ids[-1] == 1 or text[-1:] in stops
+            for ids, text in zip(completion_ids, responses, strict=True)
+        ]
+        calls.append((numbers, np.where(numbers < 8, numbers % 2, odd), np.array(ends)))
         return calls[-1][1].tolist()
 
-    states = []
+    states, stops = [], ("a", "b", "c", "s", "y", " ")
     config = with_rl(letters_run(tmp_path), batch_size=8, num_iterations=2, validation_interval=9)
     training.rl.run(
-        with_rl(config, dynamic_sampling=2),
+        with_rl(config, dynamic_sampling=2, mask_truncated=True, stop=stops),
         curriculum,
         curriculum.Config(group_size=2, kl_loss_coef=0.0),
         reward=score,
@@ -616,13 +620,15 @@ def test_each_group_that_dynamic_sampling_draws_reaches_the_record_once(tmp_path
     drawn = [call for call in calls if not np.isin(call[0], held_out).any()]
     assert len(drawn) > 3  # with rounds
     record = np.full((16, 2), 0.5)
-    for numbers, said in drawn:
-        for n in np.unique(numbers):
-            right = said[numbers == n].sum()
-            record[n] = 0.7 * record[n] + [right, 2 - right]
+    sampled = set()
+    for numbers, said, ended in drawn:
+        for n in np.unique(numbers[ended]):
+            own = said[(numbers == n) & ended]
+            record[n] = 0.7 * record[n] + [own.sum(), len(own) - own.sum()]
+            sampled.add(n)
+    assert 0.2 < np.mean(np.concatenate([ended for _, _, ended in drawn])) < 0.8
     assert_allclose(np.stack([states[-1].alpha, states[-1].beta], axis=1), record, rtol=1e-5)
-    sampled = np.unique(np.concatenate([numbers for numbers, _ in drawn]))
-    assert np.all(record[sampled] != 0.5)
+    assert np.all(record[sorted(sampled)] != 0.5)
 
 
 @pytest.mark.slow
