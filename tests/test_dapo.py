@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import goes_on_alike, run_grpo
+from builders import goes_on_alike, letters_run, run_grpo, with_rl
 from numpy.testing import assert_allclose, assert_array_equal
 from recorded import rl_job
 
-from rlhf_jax import grpo, iteration, ppo
+from rlhf_jax import grpo, iteration, ppo, training
 from rlhf_jax.config import RLStage, RunConfig
 from rlhf_jax.data.encoding import EncodedPrompts
 from rlhf_jax.errors import UserError
@@ -217,6 +217,16 @@ def test_the_last_tokens_of_a_response_cost_ever_more(tokens, lost):
 def test_settings_that_do_not_fit(settings, message):
     with pytest.raises((UserError, ValueError), match=message):
         method.check_settings("ppo", RLStage(**settings), ppo.Config(), layout_of(RunConfig()))
+
+
+def test_groups_of_a_run_are_asked_after_its_rules(tmp_path):
+    """All answers have one score, and long ones lose some of it: groups of two lengths teach."""
+    rules = {"overlong_buffer": 1, "stop": tuple("abcsy "), "dynamic_sampling": 1}
+    config = with_rl(letters_run(tmp_path), batch_size=16, num_iterations=1, **rules)
+    equal = lambda responses: [1.0] * len(responses)  # noqa: E731
+    result = training.rl.run(config, grpo, grpo.Config(group_size=8), reward=equal)
+    assert result.metrics["grad_norm"] > 0
+    assert result.metrics["sampling/uninformative"] < 1
 
 
 REWARD = """

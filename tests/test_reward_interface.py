@@ -104,13 +104,16 @@ def of_tasks(tmp_path):
     return sampled, batch_of(rows, range(3), "task"), rl_job(inputs={"reward": reward})
 
 
-def test_an_answer_that_a_part_cannot_score_is_counted_by_part(of_tasks):
+def test_an_answer_that_a_part_cannot_score_is_counted_by_part(of_tasks, tmp_path):
     sampled, batch, job = of_tasks
     scored = score(job, sampled, batch)
     assert not scored.rollout.present.any()
     metrics = {name: float(value) for name, value in scored.metrics.items()}
     assert metrics["reward/unscored"] == 3
     assert (metrics["reward/unscored/maths"], metrics["reward/unscored/code"]) == (2, 2)
+    alone = score(job, sampled, batch, build(tmp_path, TASKS, "maths"))
+    assert alone.metrics["reward/unscored"] == 2
+    assert "reward/unscored/maths" not in alone.metrics  # there is no other part
 
 
 def test_a_sum_has_what_an_absent_score_is_worth_and_a_metric_its_own_rows(of_tasks, tmp_path):

@@ -133,19 +133,30 @@ def test_a_rollout_without_a_cost_leaves_the_multiplier():
         assert_allclose(metrics["safe/multiplier"], expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("entries", [["cost"], ["count:e", "cost*-0.5"], ["cost*0", "count:e"]])
-def test_what_is_rewarded_is_no_cost(entries, tmp_path):
+@pytest.mark.parametrize(
+    ("entries", "cost"),
+    [
+        (["cost"], "cost"),
+        (["count:e", "cost*-0.5"], "cost"),
+        (["count:e"], "count:e"),
+        (["cost*0", "count:e"], "cost"),
+    ],
+)
+def test_what_is_rewarded_is_no_cost(entries, cost, tmp_path):
     """A function of this name gives its score, which is a cost if it has no weight."""
     file = tmp_path / "costs.py"
     file.write_text("def cost(responses):\n    return [float(len(text)) for text in responses]\n")
     entries = [f"{file}:{entry}" if "cost" in entry else entry for entry in entries]
     config = with_rl(letters_run(tmp_path), num_iterations=1, validation_interval=9)
     config = replace(config, reward=tuple(entries))
-    run = functools.partial(training.rl.run, config, safe_rlhf, safe_rlhf.Config(group_size=2))
+    own = safe_rlhf.Config(group_size=2, cost=cost)
+    run = functools.partial(training.rl.run, config, safe_rlhf, own)
     if entries[0].endswith("*0"):
         assert run().metrics["safe/multiplier"] > 1
         return
-    with pytest.raises(UserError, match=r"safe_rlhf reads cost, .* weight (1|-0\.5): give it .* 0"):
+    with pytest.raises(
+        UserError, match=rf"safe_rlhf reads {cost}, .* weight (1|-0\.5): give it .* 0"
+    ):
         run()
 
 

@@ -207,7 +207,7 @@ def load(
         on_devices = jax.tree.map(jnp.asarray, reward.fn)
         is_offloaded = "reward" in compute.offload
         fn = initial.frozen(layout, on_devices, is_offloaded=is_offloaded)
-        reward = reward._replace(fn=fn)
+        reward = spec.Reward(fn=fn)
     return Inputs(
         policy, prompts, to_validate, reward, judge, enforce, environment, taught_by, ask_teacher
     )
