@@ -221,21 +221,73 @@ def alike(metric: str, level: Level, num: int) -> Callable[..., History]:
 
 
 def spread(metric: str, level: Level, sd: float) -> Callable[..., History]:
-    """A level times log-normal noise, of 64 responses of ten tokens with a reward that is rare at
-    first.
-    """
+    """A level times log-normal noise, of responses of ten tokens."""
 
     def make(rng: np.random.Generator, t: np.ndarray) -> History:
         noisy = level(t) * np.exp(sd * rng.normal(size=len(t)))
-        score = rng.binomial(64, rare(t)) / 64
-        return {metric: noisy, "response/length": np.full(len(t), 10.0), "objective/score": score}
+        return {metric: noisy, "response/length": np.full(len(t), 10.0)}
 
     return make
+
+
+def valued(loss: Level, variance: Callable[..., np.ndarray], sd: float) -> Callable[..., History]:
+    """A value loss times log-normal noise, and the variance of a batch's returns."""
+
+    def make(rng: np.random.Generator, t: np.ndarray) -> History:
+        noisy = loss(t) * np.exp(sd * rng.normal(size=len(t)))
+        return {"value/loss": noisy, "value/return_variance": variance(rng, t)}
+
+    return make
+
+
+def of_values() -> Iterable[Family]:
+    """Of a value function that predicts one number the loss is half the variance of the returns,
+    which is 1 where they are normalised; of rewards from 0 to 60 it is up to 900.
+    """
+    rule = "value-loss explosion"
+    for sd in (0.1, 0.3, 0.9):
+        noise = f"sd {sd} of its log"
+        yield Family(rule, f"rare reward, range 60, {noise}", valued(of_rare, rare_variance, sd))
+        for unit, kind in ((1.0, "normalised returns"), (900.0, "range 60")):
+            make = functools.partial(valued, variance=functools.partial(varied, unit), sd=sd)
+            learns = functools.partial(fitted, unit)
+            yield Family(rule, f"falls, {kind}, {noise}", make(learns))
+            grows = functools.partial(fitted, unit, then=100.0)
+            yield Family(rule, f"grows a hundredfold, {kind}, {noise}", make(grows), 0.6)
+            diverges = functools.partial(diverging, unit)
+            yield Family(rule, f"diverges, {kind}, {noise}", make(diverges), 0.6)
+
+
+def fitted(unit: float, t: np.ndarray, then: float = 1.0) -> np.ndarray:
+    """The loss of a value function that learns to explain 80% of the returns; then it is so many
+    times as large."""
+    return unit / 2 * (0.2 + 0.8 * np.exp(-5 * t)) * np.where(t < 0.6, 1.0, then)
+
+
+def diverging(unit: float, t: np.ndarray) -> np.ndarray:
+    return unit / 2 * np.exp(np.maximum(30 * (t - 0.6), 0))
+
+
+def varied(unit: float, rng: np.random.Generator, t: np.ndarray) -> np.ndarray:
+    """The variance of the returns of 64 answers; exactly 1 if they are normalised."""
+    return unit * (rng.chisquare(63, len(t)) / 63 if unit != 1 else np.ones(len(t)))
+
+
+def of_rare(t: np.ndarray) -> np.ndarray:
+    """The loss of the mean of a rare reward, 0 or 60."""
+    return 1800 * rare(t) * (1 - rare(t))
+
+
+def rare_variance(rng: np.random.Generator, t: np.ndarray) -> np.ndarray:
+    """Of 64 answers that get it."""
+    share = rng.binomial(64, rare(t)) / 64
+    return 3600 * share * (1 - share)
 
 
 def families() -> Iterable[Family]:
     yield from of_hacking()
     yield from of_collapse()
+    yield from of_values()
     for sd in SDS:
         yield Family("nothing learned", f"learns, 1 nat, sd {sd}", learned(1.0, 1.0, sd))
         yield Family("nothing learned", f"stays, sd {sd}", learned(1e-3, 0.0, sd), 0.0)
@@ -244,13 +296,6 @@ def families() -> Iterable[Family]:
         yield Family("entropy collapse", f"falls to a tenth, sd {sd}", falls)
         ends = entropy(lambda t: 0.01 + np.exp(-10 * t))
         yield Family("entropy collapse", f"falls to a hundredth, sd {sd}", ends, 0.3)
-        loss = functools.partial(spread, "value/loss", sd=3 * sd)
-        dense = loss(lambda t: 0.3 + np.exp(-5 * t))
-        yield Family("value-loss explosion", f"falls, sd {3 * sd:.2g} of its log", dense)
-        sparse = loss(lambda t: rare(t) * (1 - rare(t)))
-        yield Family("value-loss explosion", f"rare reward, sd {3 * sd:.2g} of its log", sparse)
-        grows = loss(lambda t: np.exp(np.maximum(30 * (t - 0.6), 0)))
-        yield Family("value-loss explosion", f"diverges, sd {3 * sd:.2g} of its log", grows, 0.6)
         kl = functools.partial(spread, "objective/kl", sd=sd)
         yield Family("KL explosion", f"1 nat a token, sd {sd}", kl(lambda t: 10 * t))
         yield Family("KL explosion", f"6 nats a token, sd {sd}", kl(lambda t: 60 * t), 1 / 3)

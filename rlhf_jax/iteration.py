@@ -23,7 +23,13 @@ from jax import Array
 from jax.sharding import Mesh
 
 from rlhf_jax import losses, models, ops, policies, rewards, sampling, types
-from rlhf_jax.algorithms.policy import rewards_to_go, row_rewards
+from rlhf_jax.advantages import leave_one_out
+from rlhf_jax.algorithms.policy import (
+    informative_groups,
+    row_rewards,
+    wanted,
+    with_group_advantages,
+)
 from rlhf_jax.errors import UserError
 from rlhf_jax.parallel import sharding
 from rlhf_jax.rewards.host import pair
@@ -293,13 +299,13 @@ def scored(
         scores = rollout.rewards + ops.at_end(scores, rollout.response_mask)
     if scores.ndim == 2:
         rollout = replace(rollout, rewards=scores)
-        scores = _row_sums(scores, rollout)
+        scores = ops.response_sums(scores, rollout)
     present = rollout.present
     lengths, _ = rewards.length()(rollout)
     metrics = {}
     for name, values in components.items():
         own = present if has_score is None else present & has_score[name]
-        of_rows = values if values.ndim == 1 else _row_sums(values, rollout)
+        of_rows = values if values.ndim == 1 else ops.response_sums(values, rollout)
         metrics[f"reward/{name}"] = ops.masked_mean(of_rows, own)
     metrics["reward/length_correlation"] = _correlation(scores, lengths, present)
     metrics["objective/score"] = ops.masked_mean(scores, present)
@@ -437,7 +443,7 @@ def kl_penalty(coef: float, *, target: float | None = None, horizon: int | None 
         shaped = rewards.kl_shaped(_unshaped(rollout), coef)
         assert rollout.ref_log_probs is not None, "kl_shaped checks it"
         per_token = ops.kl(rollout.log_probs, rollout.ref_log_probs)
-        kl = ops.masked_mean(_row_sums(per_token, rollout), rollout.present)
+        kl = ops.masked_mean(ops.response_sums(per_token, rollout), rollout.present)
         metrics = {"objective/kl": kl, "kl/coef": coef}
         if target is None:
             return shaped, coef, metrics
@@ -448,29 +454,43 @@ def kl_penalty(coef: float, *, target: float | None = None, horizon: int | None 
     return Penalty(coef, apply)
 
 
-# --- Groups of equal scores, which have no gradient
+# --- Groups that teach nothing
 
 
-def num_equal(rollout: Rollout, *, group_size: int, masked: Rule = unchanged) -> Array:
-    """Number of groups without a gradient: after ``masked``, the scores of their rows are equal.
-    With a ``group_size`` of 1 the batch is one group.
+def informative(
+    loop: LoopState,
+    rollout: Rollout,
+    key: Array,
+    functions: Functions,
+    *,
+    algorithm: Any,
+    config: Any,
+    shape: Rule = unchanged,
+    masked: Rule = unchanged,
+) -> Array:
+    """[groups] whether the algorithm learns from each group of a scored rollout: by the advantages
+    that its ``prepare`` makes of the rewards without a penalty; without one, whether rewards
+    differ. Arguments as ``learn``.
     """
-    return jnp.sum(_equal(masked(rollout), group_size)).astype(jnp.float32)
+    rewards, _, _ = NO_PENALTY.apply(loop.kl_coef, shape(rollout))
+    counted = replace(masked(rollout), rewards=rewards)
+    prepare = getattr(algorithm, "prepare", None) or _by_rewards
+    own = wanted(prepare, {"state": loop.train, "key": key, "policy_fn": functions.policy_fn})
+    prepared = prepare(counted, config=config, axis_name=None, **own)
+    return informative_groups(counted, prepared, config)
+
+
+def _by_rewards(rollout: Rollout, *, config: Any, axis_name: None) -> Rollout:
+    return with_group_advantages(rollout, config.group_size, leave_one_out)
 
 
 def refill(
-    kept: Rollout,
-    *,
-    fresh: Rollout,
-    group_size: int,
-    masked: Rule = unchanged,
-    mesh: Mesh | None = None,
-) -> Rollout:
-    """Replaces groups of ``kept`` with equal scores, in order, by groups of ``fresh`` whose scores
-    differ.
+    kept: Rollout, *, fresh: Rollout, wanting: Array, offered: Array, mesh: Mesh | None = None
+) -> tuple[Rollout, Rollout]:
+    """``kept`` whose ``wanting`` [groups] are replaced, in order, by the ``offered`` [groups] of
+    ``fresh``; and the rest, ``fresh`` with the replaced groups in the places of the taken ones.
     """
-    wanting = _equal(masked(kept), group_size)  # [groups]
-    offered = ~_equal(masked(fresh), group_size)  # [groups]
+    group_size = len(kept.tokens) // len(wanting)
     number = jnp.cumsum(wanting) - 1  # of the replacement
     source = jnp.argsort(~offered, stable=True)[number]
     within = jnp.tile(jnp.arange(group_size), len(source))
@@ -481,24 +501,14 @@ def refill(
         of_row = (1,) * (old.ndim - 1)
         return jnp.where(replaced.reshape(-1, *of_row), new[rows], old)
 
-    filled: Rollout = jax.tree.map(fill, kept, fresh)
+    def put_back(old: Array, new: Array) -> Array:
+        return new.at[jnp.where(replaced, rows, len(new))].set(old, mode="drop")
+
+    both: tuple[Rollout, Rollout]
+    both = jax.tree.map(fill, kept, fresh), jax.tree.map(put_back, kept, fresh)
     if mesh is None:
-        return filled
-    return jax.lax.with_sharding_constraint(filled, sharding.rows(mesh))
-
-
-def _equal(rollout: Rollout, group_size: int) -> Array:
-    """[groups] whether the rewards of a group's present rows are equal (dense ones at each place),
-    or no row is present. NaN equals no other reward.
-    """
-    size = group_size if group_size > 1 else len(rollout.tokens)
-    present = rollout.present[:, None]
-    compared = row_rewards(rollout)[:, None]
-    if rollout.dense:
-        compared, _ = rewards_to_go(rollout)
-    lowest = jnp.where(present, compared, jnp.inf).reshape(-1, size, compared.shape[1])
-    highest = jnp.where(present, compared, -jnp.inf).reshape(-1, size, compared.shape[1])
-    return jnp.all(highest.max(axis=1) <= lowest.min(axis=1), axis=1)
+        return both
+    return jax.lax.with_sharding_constraint(both, sharding.rows(mesh))
 
 
 # --- Learn
@@ -526,9 +536,8 @@ def learn(
         masked: the last rule, which decides which rows the update reads.
         mesh: its "data" axis holds the rows of a minibatch.
     """
-    judged = shape(rollout)
-    shaped, kl_coef, metrics = penalty.apply(loop.kl_coef, judged)
-    row_reward = _row_sums(shaped, rollout)
+    shaped, kl_coef, metrics = penalty.apply(loop.kl_coef, shape(rollout))
+    row_reward = ops.response_sums(shaped, rollout)
     metrics = metrics | {"objective/reward": ops.masked_mean(row_reward, rollout.present)}
     counted = masked(rollout)
     if counted.group_ids is None:
@@ -537,11 +546,6 @@ def learn(
     if masked is not unchanged:
         dropped = rollout.present & ~counted.present
         metrics["response/masked"] = jnp.sum(dropped).astype(jnp.float32)
-    # With a teacher, groups of equal rewards have a gradient too.
-    is_taught = functions.teacher is not None or rollout.teacher_log_probs is not None
-    if not is_taught and rollout.scores is not None and len(rollout.scores) > 1:
-        equal = _equal(masked(judged), config.group_size)
-        metrics["reward/equal_share"] = jnp.mean(equal.astype(jnp.float32))
     policy_fn = functions.policy_fn
     if functions.teacher is not None:
         policy_fn = functools.partial(policy_fn, teacher_params=functions.teacher)
@@ -656,19 +660,7 @@ def _checked(made: Any) -> tuple[TrainState, Metrics]:
 
 def _correlation(x: Array, y: Array, mask: Array) -> Array:
     """Pearson's correlation of x and y [B] over the rows of the mask; 0 if one is constant."""
-    pair = jnp.stack([x, y])
-    lowest = jnp.where(mask, pair, jnp.inf).min(axis=1)
-    highest = jnp.where(mask, pair, -jnp.inf).max(axis=1)
-    # Compared exactly: the rounding errors of two constants would correlate.
-    varies = jnp.all(highest > lowest)
-    x, _ = ops.centred(x, mask)
-    y, _ = ops.centred(y, mask)
-    variance_x = ops.masked_mean(x * x, mask)
-    variance_y = ops.masked_mean(y * y, mask)
-    covariance = ops.masked_mean(x * y, mask)
-    spread = jnp.sqrt(variance_x * variance_y)
-    return jnp.where(varies, covariance / jnp.where(varies, spread, 1.0), 0.0)
-
-
-def _row_sums(values: Array, rollout: Rollout) -> Array:
-    return jnp.sum(jnp.where(rollout.mask, values, 0.0), axis=1)
+    (x, mean_x), (y, mean_y) = ops.centred(x, mask), ops.centred(y, mask)
+    scale_x = ops.inverse_deviation(ops.masked_mean(x * x, mask), mean_x)
+    scale_y = ops.inverse_deviation(ops.masked_mean(y * y, mask), mean_y)
+    return ops.masked_mean(x * y, mask) * jnp.squeeze(scale_x * scale_y)

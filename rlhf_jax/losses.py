@@ -165,10 +165,11 @@ def clip(
     ratio = ops.bounded_exp(log_ratio)
     free = -advantages * ratio
     clipped = -advantages * jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
-    loss = jnp.maximum(free, clipped)
+    is_clipped = clipped > free
+    loss = jnp.where(is_clipped, clipped, free)  # at a bound the gradient is that of ``free``
     if dual_clip is not None:
         loss = jnp.where(advantages < 0, jnp.minimum(loss, -dual_clip * advantages), loss)
-    return loss, clipped > free
+    return loss, is_clipped
 
 
 def cispo(
@@ -261,9 +262,10 @@ def gmpo(
     advantages = ops.frozen(advantages)
     sign = jnp.sign(advantages)
     limit = jnp.where(sign > 0, clip_high, clip_low)
-    held = sign * jnp.minimum(sign * log_ratio, limit)
+    is_clipped = sign * log_ratio > limit
+    held = sign * jnp.where(is_clipped, limit, sign * log_ratio)
     ratio = ops.bounded_exp(ops.masked_mean(held, mask, axis=1, keepdims=True))
-    return -advantages * ratio, sign * log_ratio > limit
+    return -advantages * ratio, is_clipped
 
 
 def _weigh(log_probs: Array, weight: Array, advantages: Array) -> Array:
@@ -367,10 +369,11 @@ def binary_divergence(log_probs: Array, old_log_probs: Array, kind: Literal["tv"
     new, old = ops.float32(log_probs), ops.float32(old_log_probs)
     q = jnp.exp(old)
     if kind == "tv":
-        return jnp.abs(jnp.exp(new) - q)
+        return ops.absolute(jnp.exp(new) - q)
     # A probability of 1, whose complement has an infinite logarithm, is replaced by exp(-1e-6).
-    others, old_others = (jnp.log(-jnp.expm1(jnp.minimum(x, -1e-6))) for x in (new, old))
-    return q * (old - new) + (1.0 - q) * (old_others - others)
+    new, old = jnp.minimum(new, -1e-6), jnp.minimum(old, -1e-6)
+    p_others, q_others = -jnp.expm1(new), -jnp.expm1(old)
+    return q * (old - new) + q_others * jnp.log(q_others / p_others)
 
 
 def gated(

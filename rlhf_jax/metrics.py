@@ -2,7 +2,6 @@
 intervals of these measures.
 """
 
-import math
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -219,13 +218,14 @@ def best_at_k(scores: Array, k: int, mask: Array | None = None) -> Array:
 
     scores: [N, n]; mask: [N, n], non-zero where the answer has a score; None: all have.
     """
-    import scipy.special  # which plain runs do not import
-
     present = np.ones(np.shape(scores), bool) if mask is None else np.asarray(mask) != 0
     count = present.sum(axis=1, keepdims=True)
     ordered = np.sort(np.where(present, scores, -np.inf), axis=1)  # scored answers last
     before = np.arange(ordered.shape[1]) - ordered.shape[1] + count
-    share = scipy.special.comb(before, k - 1) / np.maximum(scipy.special.comb(count, k), 1)
+    # C(before, k - 1) / C(count, k), from the highest score down: binomials of 1,030 overflow.
+    ratio = np.maximum(before - k + 2, 0) / np.maximum(before + 1, 1)
+    ratio[:, -1:] = k / np.maximum(count, 1)
+    share = np.cumprod(ratio[:, ::-1], axis=1)[:, ::-1]
     best = np.sum(share * np.where(before >= 0, ordered, 0.0), axis=1)
     return np.where(count[:, 0] >= k, best, np.nan)
 
@@ -238,26 +238,32 @@ def majority_at_k(answers: Array, correct: Array, k: int) -> float:
     answers: [n]; equal ones are one. correct: [n] in [0, 1], the mean of equal answers counts; NaN:
     not known, and the answer does not count.
     """
+    from scipy.stats import binom  # which plain runs do not import
+
     known = ~np.isnan(correct)
     if known.sum() < k:
         return float("nan")
     _, number, counts = np.unique(answers[known], return_inverse=True, return_counts=True)
     right = np.bincount(number, correct[known]) / counts
+    # If each answer is chosen with probability k / n, and k are chosen in all, all choices of k are
+    # equally likely: numbers of votes have binomial chances, of which none overflows.
+    num_votes = partial(binom.pmf, p=k / counts.sum())
+    chances = [num_votes(np.arange(count + 1), count) for count in counts]
     total = 0.0
     for winner in np.flatnonzero(right):
-        others = np.delete(counts, winner).tolist()
+        others = chances[:winner] + chances[winner + 1 :]
         for votes in range(1, min(int(counts[winner]), k) + 1):
-            # ways[c, t]: choices of c votes for the others, t of which have as many as the winner
-            ways = np.zeros((k - votes + 1, k // votes + 1))
-            ways[0, 0] = math.comb(counts[winner], votes)
-            for count in others:
-                before, ways = ways, np.zeros_like(ways)
-                for given in range(min(count, votes, k - votes) + 1):
+            # chance[c, t] of c votes for the others, t of which have as many as the winner
+            chance = np.zeros((k - votes + 1, k // votes + 1))
+            chance[0, 0] = chances[winner][votes]
+            for of_other in others:
+                before, chance = chance, np.zeros_like(chance)
+                for given in range(min(len(of_other) - 1, votes, k - votes) + 1):
                     ties = int(given == votes)
-                    kept = before[: len(ways) - given, : ways.shape[1] - ties]
-                    ways[given:, ties:] += math.comb(count, given) * kept
-            total += right[winner] * np.sum(ways[-1] / np.arange(1, ways.shape[1] + 1))
-    return float(total / math.comb(counts.sum(), k))
+                    kept = before[: len(chance) - given, : chance.shape[1] - ties]
+                    chance[given:, ties:] += of_other[given] * kept
+            total += right[winner] * np.sum(chance[-1] / np.arange(1, chance.shape[1] + 1))
+    return float(total / num_votes(k, counts.sum()))
 
 
 def brier(margin: Array, weights: Weights = None) -> float:

@@ -128,6 +128,12 @@ def masked(x: Array, mask: Array) -> Array:
     return jnp.where(jnp.asarray(mask) != 0, float32(x), 0.0)
 
 
+def absolute(x: Array) -> Array:
+    """``|x|`` in float32. Its gradient at 0 is 0, where that of ``jnp.abs`` is 1."""
+    x = float32(x)
+    return x * jax.lax.stop_gradient(jnp.sign(x))
+
+
 def is_last(present: Array) -> Array:
     """[B, T] bool: the last entry of each row that is present [B, T]; none in an empty row."""
     remaining = jax.lax.cumsum(present.astype(jnp.int32), axis=1, reverse=True)
@@ -196,9 +202,18 @@ def masked_var(x: Array, mask: Array, axis: Axis = None, axis_name: AxisName = N
     return masked_mean(jnp.square(differences), mask, axis, axis_name)
 
 
+def inverse_deviation(var: Array, mean: Array | float) -> Array:
+    """``1 / sqrt(var + (1e-7 mean)^2)`` of numbers of any unit with this variance and mean: those
+    that differ by rounding alone are not scaled up to 1. 0, as its gradient, if the variance is 0.
+    """
+    varies = var != 0  # NaN too
+    scale = jnp.where(varies, var + jnp.square(1e-7 * mean), 1.0)
+    return jnp.where(varies, jax.lax.rsqrt(scale), 0.0)
+
+
 def whiten(x: Array, mask: Array, shift_mean: bool = True, axis_name: AxisName = None) -> Array:
-    """Scales ``x`` to unit variance over the masked entries: ``(x - mean) * rsqrt(var + 1e-8)``, 0
-    elsewhere. Equal numbers give exactly 0.
+    """Scales ``x`` to unit variance over the masked entries: ``(x - mean) * inverse_deviation(var,
+    mean)``, 0 elsewhere. The unit of ``x`` changes nothing, and equal numbers give exactly 0.
 
     The population variance over all entries, of all devices of ``axis_name`` (lm-human-preferences
     computes it per rank).
@@ -212,7 +227,7 @@ def whiten(x: Array, mask: Array, shift_mean: bool = True, axis_name: AxisName =
     """
     differences, mean = centred(x, mask, axis_name=axis_name)
     var = masked_mean(jnp.square(differences), mask, axis_name=axis_name)
-    white = differences * jax.lax.rsqrt(var + 1e-8)
+    white = differences * inverse_deviation(var, mean)
     return white if shift_mean else masked(white + mean, mask)
 
 
@@ -281,7 +296,7 @@ def entropy(logits: Array, temperature: float | Array = 1.0, support: Array | No
     return _align(-jnp.sum(terms, axis=-1))
 
 
-def among(logits: Array, support: Array | None) -> Array:
+def among(logits: Array, support: Array | None = None) -> Array:
     """The logits of the ids in a sampler's support: a softmax of them is the distribution that it
     drew from.
 

@@ -57,7 +57,7 @@ class Policy:
         *,
         name: str = "policy_fn",
         statistic: Callable[..., Any] | None = None,
-        arrays: Sequence[Array] = (),
+        arrays: Sequence[Array | None] = (),
     ) -> PolicyOutput:
         """The output on the rows of a batch, for a policy that carries its parameters. Raises as
         the function ``evaluate`` does.
@@ -72,7 +72,8 @@ class Policy:
                     "or ops.policy_fn, which policies.wrap keeps one"
                 )
             # As a Partial it passes through jit.
-            more = {"statistic": Partial(statistic), "arrays": tuple(arrays)}
+            given = tuple(x for x in arrays if x is not None)
+            more = {"statistic": Partial(statistic), "arrays": given}
         support = getattr(batch, "support", None)
         if support is not None:
             more["support"] = support
@@ -159,7 +160,7 @@ def evaluate(
     *,
     name: str = "policy_fn",
     statistic: Callable[..., Any] | None = None,
-    arrays: Sequence[Array] = (),
+    arrays: Sequence[Array | None] = (),
 ) -> PolicyOutput:
     """The policy's output on the rows of a batch, of use where the ``response_mask`` is not 0: a
     policy of ``models.policy_fn`` may leave out other columns, which are 0 then. Raises
@@ -173,7 +174,7 @@ def evaluate(
             [...] or [..., K], which ``output.statistic`` has as [B, T, ...]. Column t comes from
             the logits at t - 1 and column t of the arrays. The logits of a whole text need not
             exist at once, and gradients flow through it. ValueError for a plain function.
-        arrays: [B, T, ...] each.
+        arrays: [B, T, ...] each; None is left out, as the ``support`` of whole softmaxes is.
     """
     policy, temperature = find_policy(policy_fn), getattr(batch, "temperature", None)
     if policy is None and temperature is not None:

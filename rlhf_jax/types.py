@@ -349,6 +349,9 @@ class AlgorithmConfig:
     fills ``sampler_log_probs`` [B, T], those of what sampled; all others the reward, as components,
     or the environment."""
 
+    unrewarded: tuple[str, ...] = ()
+    """Which of these may be no entry of the reward with a weight other than 0, such as a cost."""
+
     # Read if the algorithm has ``needs_values``.
     value: str = "shared"
     """shared: a value head on the policy's body; separate: a value model."""
@@ -406,10 +409,15 @@ class Algorithm(Protocol):
     - ``respond(sample, prompts, key, *, model, policy, reference, config) -> Rollout``: what
       samples in training, see ``iteration.respond_by``,
     - ``choose(state, key, *, rows, number, config) -> [number] int32``: the data rows of the next
-      step's prompts, among ``rows`` [N]; without it they are drawn in epochs.
+      step's prompts, among ``rows`` [N]; without it they are drawn in epochs,
+    - ``prepare(rollout, *, config, axis_name=None) -> Rollout`` with ``advantages``: by these
+      ``rl.dynamic_sampling`` knows which groups teach; it may have parameters ``state``, ``key``
+      and ``policy_fn``, of the update,
+    - ``observe(state, rollout, *, config, axis_name=None) -> state``: after an update, is told of
+      the scored groups that dynamic sampling has left out.
 
-    ``prepare(rollout, *, config, axis_name=None)`` and ``loss(params, rollout, key, *, policy_fn,
-    config)`` of this package's algorithms are for those who compose them: no run calls them.
+    ``loss(params, rollout, key, *, policy_fn, config)`` of this package's algorithms is for those
+    who compose them: no run calls it.
     """
 
     @property

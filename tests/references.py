@@ -16,11 +16,15 @@ def columns(mask_row):
     return [t for t, bit in enumerate(mask_row) if bit]
 
 
-def whiten(x, mask, shift_mean=True, eps=1e-8):
+def inverse_deviation(var, mean):
+    return 1 / math.sqrt(var + (1e-7 * mean) ** 2) if var else 0.0
+
+
+def whiten(x, mask, shift_mean=True):
     said = [float(v) for v in x[mask]]
     mean = sum(said) / max(len(said), 1)
     var = sum((v - mean) ** 2 for v in said) / max(len(said), 1)
-    white = (np.where(mask, x, 0.0) - mean) / math.sqrt(var + eps)
+    white = (np.where(mask, x, 0.0) - mean) * inverse_deviation(var, mean)
     return np.where(
         mask,
         white if shift_mean else white + mean,
@@ -381,7 +385,7 @@ def ppo(params, stopped, batch, config):
         known = mean + math.sqrt(variance) * known
     advantages, returns = gae(rewards, known, mask, config.gamma, config.gae_lambda)
     if config.normalize_returns:
-        returns = (returns - mean) / math.sqrt(variance + 1e-8)
+        returns = (returns - mean) * inverse_deviation(variance, mean)
     if config.whiten_advantages:
         advantages = whiten(advantages, mask)
     value, metrics = _clipped(params, stopped, batch, advantages, config)

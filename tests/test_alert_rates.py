@@ -22,9 +22,10 @@ TURNS = [*np.linspace(0, 1, 20), *[0.0] * 10]
 
 def test_the_first_alert_is_that_of_a_run():
     rng = np.random.default_rng(0)
+    equal = rng.binomial(1, 0.8, 200) * 1.0
     noisy = {
-        "reward/equal_share": rng.binomial(1, 0.8, 200) * 1.0,
-        "grad_norm": np.ones(200),
+        "reward/equal_share": equal,
+        "grad_norm": 1.0 - equal,
         **history([*TURNS] * 6 + [0.0] * 20),
     }
     rows = [

@@ -58,10 +58,11 @@ def test_a_rule_about_one_metric(rule, values, expected):
 RAMP = [*np.linspace(0, 1, 41)]  # without noise
 NOISE = [(-1.0) ** step for step in range(40)]  # without a trend; sd 1.63
 WAVES = [*([1.0] * 4 + [-1.0] * 4) * 5]  # whose means of four lie as far apart
-VALUED = ("value/loss", "objective/score")
+VALUED = ("value/loss", "value/return_variance")
 JUDGED = ("validation/judge", "validation/score")
 MOVED = ("validation/moved", "validation/planned_steps")
 LEARNED = ("objective/score", "objective/kl")
+TAUGHT = ("reward/equal_share", "grad_norm")
 RAISED = [*NOISE[:10], *(value + 0.95 for value in NOISE[:9])]
 
 
@@ -86,19 +87,12 @@ THRESHOLDS = [
     ),  # means from 0.05 to 0.95
     # 5 + 30 / 45 standard errors of sqrt(2) 1.633 / sqrt(5) below the highest mean, 0.2.
     ("reward collapse", ["objective/score"], [NOISE], [-5.6], [-5.7], 5),
-    ("value-loss explosion", VALUED, [[3, 1, 2, 1, 3], [0] * 5], [39.9, 0], [40.1, 0], 5),
-    ("value-loss explosion", VALUED, [[3, 1, 2, 1, 3], [0, 2] * 2 + [0]], [59.9, 2], [60.1, 2], 5),
+    ("value-loss explosion", VALUED, [[3, 1, 2, 1, 3], [3] * 5], [19.9, 1], [20.1, 1], 5),
+    ("value-loss explosion", VALUED, [[0, 0, 1, 0, 0], [0, 6, 0, 0, 0]], [29.9, 1], [30.1, 1], 5),
     ("degenerate text", ["response/repetition"], [[0.1]], [0.39], [0.41], 3),
     ("sampler gap", ["policy/sampler_gap"], [[]], [0.0199], [0.0201], 3),
-    ("nothing to learn", ["reward/equal_share", "grad_norm"], [[], []], [0.99, 1], [1, 1], 5),
-    (
-        "nothing to learn",
-        ["reward/equal_share", "grad_norm"],
-        [[], []],
-        [0, 1.1e-8],
-        [0, 0.9e-8],
-        5,
-    ),
+    ("nothing to learn", TAUGHT, [[], []], [1, 1.1e-8], [1, 0.9e-8], 5),
+    ("nothing to learn", TAUGHT, [[], []], [0, 1.1e-8], [0, 0.9e-8], 5),
     # The limit of the KL is 0.002 in row 20.
     ("nothing learned", LEARNED, [[1.0] * 19, [0.0] * 19], [1.0, 0.0101], [1.0, 0.0099], 1),
     ("nothing learned", LEARNED, [[1.0] * 19, [0.0] * 19], [1.0, -0.0101], [1.0, -0.0099], 1),
@@ -119,6 +113,31 @@ THRESHOLDS = [
     # The last nine validations are the first on which the rule has a say.
     ("reward hacking", JUDGED, [[0.0, 0.5, 1.0, 1.5, 2.0, 2.5], [0] * 6], [0.1, 0], [0, 1], 3),
 ]
+
+
+@pytest.mark.parametrize("unit", [1e-4, 1.0, 3600.0])
+def test_a_value_loss_explodes_in_any_unit(unit):
+    """A hundred times the loss is seen where rewards range over a hundredth and over sixty."""
+    [rule] = alerts.parse(["none", "value-loss explosion"])
+    loss = [0.5] * 10 + [0.2] * 10 + [20.0] * 5
+    rows = [
+        {"step": n, "value/loss": unit * x, "value/return_variance": unit}
+        for n, x in enumerate(loss)
+    ]
+    [alert] = alerts.check([rule], rows)
+    assert alert.step == 21
+
+
+def test_a_run_whose_gradient_is_not_0_is_not_told_that_it_learns_nothing():
+    """Whatever groups say; where it is 0, equal groups are named."""
+    [rule] = alerts.parse(["none", "nothing to learn"])
+    rows = [{"step": n, "reward/equal_share": 1.0, "grad_norm": 0.3} for n in range(9)]
+    assert not alerts.check([rule], rows)
+    for share, said in ((1.0, True), (0.9, False)):
+        rows = [row | {"grad_norm": 0.0, "reward/equal_share": share} for row in rows]
+        [alert] = alerts.check([rule], rows)
+        assert alert.step == 4
+        assert ("equal_share 1" in alert.message) == said
 
 
 @pytest.mark.parametrize(("name", "metrics", "before", "silent", "raising", "rows"), THRESHOLDS)

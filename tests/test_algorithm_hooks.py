@@ -15,6 +15,7 @@ import optax
 import pytest
 import tabular
 from builders import ROOT, goes_on_alike, initial_params, letters_run, with_rl
+from jax.sharding import PartitionSpec as P
 from jax.tree_util import Partial
 from numpy.testing import assert_allclose, assert_array_equal
 from pages import blocks
@@ -31,9 +32,21 @@ from rlhf_jax import (
     rloo,
     rollout,
     sampling,
+    sharding,
     training,
 )
-from rlhf_jax.algorithms import policy
+from rlhf_jax.algorithms import (
+    curriculum,
+    distill,
+    gdpo,
+    online_dpo,
+    otb,
+    pass_at_k,
+    policy,
+    replay,
+    safe_rlhf,
+    self_distill,
+)
 from rlhf_jax.cli import commands
 from rlhf_jax.cli.stages import find_method, method_names
 from rlhf_jax.config import Compute, RLStage, RunConfig, parse
@@ -43,6 +56,8 @@ from rlhf_jax.training.common.layout import layout_of
 from rlhf_jax.training.rl import method
 from rlhf_jax.types import Rollout
 
+KEY = jax.random.key(0)
+TABLE_FN = ops.policy_fn(lambda params, tokens, mask, key: params["logits"][tokens])
 UPDATE = {"policy_fn": tabular.policy_fn, "optimizer": optax.sgd(0.5)}
 
 
@@ -262,6 +277,140 @@ def test_a_state_of_its_own_stays_where_a_step_is_not_finite():
     after, metrics = COUNTING["update"](state, batch, jax.random.key(0), config=Halves(), **UPDATE)
     assert metrics["nonfinite"] == 1
     assert_array_equal(after.counts, [0, 0, 0])
+
+
+# --- Which groups teach
+
+ALL = (True, True)
+PAIRS = {"group_size": 2}
+GROUPS = [  # algorithm, its settings, scores of two pairs, extras, whether a pair teaches
+    (grpo, PAIRS, [1, 1, 2, 3], {}, (False, True)),
+    (grpo, PAIRS | {"step_end": "end"}, [2, 2, 0, 0], {}, (True, False)),
+    (rloo, PAIRS, [1, 1, 2, 3], {}, (False, True)),
+    (rloo, PAIRS | {"baseline": "global"}, [1, 1, 2, 2], {}, ALL),
+    (rloo, PAIRS | {"baseline": "global"}, [1, 1, 1, 1], {}, (False, False)),
+    (pass_at_k, {"group_size": 4, "k": 4}, [1, 1, 1, 0], {}, (False,)),
+    (pass_at_k, {"group_size": 4, "k": 2}, [1, 1, 1, 0], {}, (True,)),
+    (gdpo, PAIRS | {"components": ("a", "b"), "weights": (2.0, 0.7)}, [1, 1, 2, 3],
+     {"a": [1, 0, 0.3, 0.3], "b": [0, 1, 0.1, 0.1]}, (True, False)),
+    (safe_rlhf, PAIRS, [1, 1, 1, 1], {"cost": [0, 3, 0.7, 0.7]}, (True, False)),
+    (online_dpo, PAIRS, [1, 1, 2, 3], {}, (False, True)),
+    (curriculum, PAIRS, [1, 1, 0, 1], {}, (False, True)),
+    (replay, PAIRS, [1, 1, 2, 3], {}, (False, True)),
+    (otb, PAIRS, [1, 1, 2, 3], {}, (False, True)),
+    (ppo, PAIRS, [1, 1, 2, 3], {}, ALL),  # its values are wrong
+    (distill, PAIRS, [1, 1, 2, 3], {}, ALL),  # the teacher teaches
+    (self_distill, {}, [1, 1, 1, 1], {}, (True,) * 4),
+    (module("by_scores"), PAIRS, [1, 1, 2, 3], {}, (False, True)),
+    (module("by_scores"), PAIRS, [1, 1, 2, np.nan], {}, (False, True)),  # the run stops at it
+]  # fmt: skip
+
+
+def of_groups(algorithm, settings, scores, extras, missing=()):
+    """A loop and a rollout in which the policy sampled, with steps that end in column 3 and 4."""
+    batch = scored_rollout(np.float32(scores))
+    mask = np.array(batch.response_mask)
+    mask[list(missing)] = 0
+    values = np.random.default_rng(1).normal(size=mask.shape).astype(np.float32)
+    ends = np.zeros(mask.shape, np.float32)
+    ends[:, 3:5] = 1
+    extras = {name: jnp.float32(np.array(x)) for name, x in extras.items()} | {"end": ends}
+    batch = replace(batch, response_mask=mask, values=values, extras=extras, row_ids=np.arange(4))
+    if settings.get("step_end"):  # the first pair has another step
+        steps = np.zeros(mask.shape, np.float32)
+        steps[0, 3:5], steps[1:, 4] = 1, batch.scores[1:]
+        batch = replace(batch, rewards=steps, dense=True)
+    own = getattr(algorithm, "State", TrainState).create
+    sizes = {"rows": 4, "columns": mask.shape[1], "prompts": 4}
+    state = own(tabular.policy_params(0), UPDATE["optimizer"], **policy.wanted(own, sizes))
+    return iteration.LoopState.create(state, 0.5), batch
+
+
+@pytest.mark.parametrize(("algorithm", "settings", "scores", "extras", "expected"), GROUPS)
+def test_an_algorithm_says_which_groups_teach(algorithm, settings, scores, extras, expected):
+    loop, batch = of_groups(algorithm, settings, scores, extras)
+    config = getattr(algorithm, "Config", rloo.Config)(**settings)
+    functions = iteration.Functions(TABLE_FN)
+    how = {"algorithm": algorithm, "config": config}
+    ask = jax.jit(lambda batch: iteration.informative(loop, batch, KEY, functions, **how))
+    assert ask(batch).tolist() == list(expected)
+
+
+@pytest.mark.parametrize("of_rows", [True, False])
+def test_what_stands_outside_a_response_teaches_nothing(of_rows):
+    """Advantages of rows or of tokens, of a missing row and outside the responses."""
+    batch = scored_rollout([0.0] * 4)
+    batch = replace(batch, response_mask=batch.response_mask.at[0].set(0))
+    advantages = jnp.array([5.0, 0.0, 0.0, 1.0])
+    if not of_rows:
+        advantages = jnp.where(batch.mask, advantages[:, None], jnp.nan)
+    prepared = replace(batch, advantages=advantages)
+    found = policy.informative_groups(batch, prepared, rloo.Config(group_size=2))
+    assert found.tolist() == [False, True]
+
+
+def test_groups_are_asked_after_the_rules():
+    """What ended loses nothing, and what did not is masked: then one row of each pair is left."""
+    loop, batch = of_groups(grpo, PAIRS, [1, 1, 1, 2], {})
+    how = {"algorithm": grpo, "config": grpo.Config(group_size=2)}
+
+    def ask(**rules):
+        return iteration.informative(loop, batch, KEY, iteration.Functions(None), **how, **rules)
+
+    def lose(rollout):
+        return replace(rollout, scores=rollout.scores - jnp.array([1.0, 0, 0, 1]))
+
+    def drop(rollout):
+        return replace(rollout, response_mask=rollout.response_mask.at[::2].set(0))
+
+    batch = replace(batch, response_mask=jnp.asarray(batch.response_mask))
+    assert ask().tolist() == [False, True]
+    assert ask(shape=lose).tolist() == [True, False]
+    assert ask(masked=drop).tolist() == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "settings", "share"),
+    [
+        (grpo, PAIRS, 0.5),
+        (rloo, {"group_size": 1, "baseline": "batch"}, 0.25),  # the first row is missing
+        (self_distill, {}, None),
+    ],
+)
+def test_the_share_of_groups_that_teach_nothing_is_a_metric(algorithm, settings, share):
+    """Without groups it is of rows; missing ones count. Over two devices it is the same."""
+    scores, missing = ([2, 2, 1, 3], ()) if share == 0.5 else ([9, 2, 1, 4], (0,))
+    loop, batch = of_groups(algorithm, settings, scores, {}, missing)
+    extras = {"teacher_tokens": jnp.float32(batch.tokens), "teacher_mask": batch.attention_mask}
+    config = algorithm.Config(**settings)
+    of_reference = batch.log_probs if config.kl_in_loss else None
+    batch = replace(batch, extras=extras, ref_log_probs=of_reference)
+    how = {"policy_fn": TABLE_FN, "optimizer": UPDATE["optimizer"]}
+    update = functools.partial(algorithm.update, config=config, **how)
+    _, metrics = jax.jit(update)(loop.train, batch, KEY)
+    assert metrics.get("reward/equal_share") == share
+    specs = {"in_specs": (P(), P("data"), P()), "out_specs": P()}
+    mapped = functools.partial(update, axis_name="data")
+    mapped = jax.shard_map(mapped, mesh=sharding.make_mesh(2), **specs)
+    assert jax.jit(mapped)(loop.train, batch, KEY)[1].get("reward/equal_share") == share
+
+
+def test_what_prepares_gets_what_it_names():
+    """The state before the update, its policy, and a key that no minibatch has."""
+    seen = {}
+
+    def prepare(rollout, *, state, key, policy_fn, config, axis_name=None):
+        seen.update(state=state, key=key, policy_fn=policy_fn)
+        return rloo.prepare(rollout, config=config)
+
+    state = TrainState.create(tabular.policy_params(0), UPDATE["optimizer"])
+    config = rloo.Config(group_size=2, num_epochs=3)
+    update = policy.updater(prepare, rloo.loss)
+    update(state, scored_rollout([0.0, 1, 2, 4]), KEY, config=config, **UPDATE)
+    assert seen["state"] is state
+    assert seen["policy_fn"] is UPDATE["policy_fn"]
+    bits = jax.random.key_data
+    assert_array_equal(bits(seen["key"]), bits(jax.random.fold_in(KEY, 6)))
 
 
 # --- Groups

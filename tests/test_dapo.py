@@ -3,17 +3,18 @@ overlong penalty.
 """
 
 import functools
+import types
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import goes_on_alike, run_grpo
+from builders import goes_on_alike, letters_run, run_grpo, with_rl
 from numpy.testing import assert_allclose, assert_array_equal
 from recorded import rl_job
 
-from rlhf_jax import grpo, iteration, ppo
+from rlhf_jax import grpo, iteration, ppo, training
 from rlhf_jax.config import RLStage, RunConfig
 from rlhf_jax.data.encoding import EncodedPrompts
 from rlhf_jax.errors import UserError
@@ -49,43 +50,40 @@ def answers(scores, first=0, unfinished=()):
     return Rollout(*numbers)
 
 
+def informative(rollout, unfinished=()):
+    """[groups] of pairs, as GRPO says."""
+    masked = iteration.mask_truncated(EOS) if unfinished else iteration.unchanged
+    how = {"algorithm": grpo, "config": grpo.Config(group_size=2), "masked": masked}
+    loop = iteration.LoopState.create(TrainState(jnp.zeros(()), {}, ()), 0.0)
+    ask = jax.jit(lambda rows: iteration.informative(loop, rows, None, NO_FUNCTIONS, **how))
+    return np.array(ask(rollout))
+
+
+NO_FUNCTIONS = iteration.Functions(None)
+REFILL = jax.jit(iteration.refill)
+
+
 @pytest.mark.parametrize(
-    ("kept", "fresh", "expected", "left", "unfinished"),
+    ("kept", "fresh", "expected", "unfinished"),
     [
-        (
-            [1, 1, 2, 3, 0, 0, 4, 4],
-            [5, 5, 6, 7, 8, 8, 9, 1],
-            [102, 103, 2, 3, 106, 107, 6, 7],
-            1,
-            (),
-        ),
-        ([1, 2, 2, 3, 0, 1, 4, 5], [5, 6, 6, 7, 8, 9, 9, 1], [0, 1, 2, 3, 4, 5, 6, 7], 0, ()),
-        ([1, 2, 2, 2], [5, 5, 6, 6], [0, 1, 2, 3], 1, ()),
-        ([1, 1, 2, 2], [5, 6, 7, 8], [100, 101, 102, 103], 0, ()),
-        (
-            [1, NAN, 2, 2],
-            [5, 6, 7, 8],
-            [0, 1, 100, 101],
-            0,
-            (),
-        ),  # is not hidden: the run has to stop at it
-        (
-            [1, 2, 2, 3],
-            [5, 6, 7, 8],
-            [100, 101, 2, 3],
-            0,
-            (1,),
-        ),  # row 1 is masked, so row 0 is alone
+        ([1, 1, 2, 3, 0, 0, 4, 4], [5, 5, 6, 7, 8, 8, 9, 1], [102, 103, 2, 3, 106, 107, 6, 7], ()),
+        ([1, 2, 2, 3, 0, 1, 4, 5], [5, 6, 6, 7, 8, 9, 9, 1], [0, 1, 2, 3, 4, 5, 6, 7], ()),
+        ([1, 2, 2, 2], [5, 5, 6, 6], [0, 1, 2, 3], ()),
+        ([1, 1, 2, 2], [5, 6, 7, 8], [100, 101, 102, 103], ()),
+        ([1, NAN, 2, 2], [5, 6, 7, 8], [0, 1, 100, 101], ()),  # the run has to stop at it
+        ([1, 2, 2, 3], [5, 6, 7, 8], [100, 101, 2, 3], (1,)),  # masked, so row 0 is alone
     ],
 )
-def test_groups_that_score_alike_are_replaced_in_order(kept, fresh, expected, left, unfinished):
-    masked = iteration.mask_truncated(EOS) if unfinished else iteration.unchanged
-    how = {"group_size": 2, "masked": masked}
-    refill = jax.jit(functools.partial(iteration.refill, **how))
-    refilled = refill(answers(kept, unfinished=unfinished), fresh=answers(fresh, 100))
+def test_groups_that_score_alike_are_replaced_in_order(kept, fresh, expected, unfinished):
+    """The rest are all other groups, those that were replaced in the places of the taken ones."""
+    rows, drawn = answers(kept, unfinished=unfinished), answers(fresh, 100)
+    where = {"wanting": ~informative(rows, unfinished), "offered": informative(drawn)}
+    refilled, rest = REFILL(rows, fresh=drawn, **where)
     assert_array_equal(refilled.row_ids, expected)
     assert_array_equal(np.asarray(refilled.tokens)[:, 0], expected)  # whole rows move
-    assert jax.jit(functools.partial(iteration.num_equal, **how))(refilled) == left
+    both = np.concatenate([refilled.row_ids, rest.row_ids]).tolist()
+    assert sorted(both) == sorted([*rows.row_ids, *drawn.row_ids])
+    assert_array_equal(np.asarray(rest.row_ids)[::2] + 1, rest.row_ids[1::2])
 
 
 def schedule(rounds):
@@ -97,21 +95,24 @@ def schedule(rounds):
     return Schedule(prompts, np.arange(100, 160), **size, **keys)
 
 
-NUM_EQUAL = jax.jit(functools.partial(iteration.num_equal, group_size=2))
-REFILL = jax.jit(functools.partial(iteration.refill, group_size=2))
-
-
-def step(rounds, number, *scores):
-    """A step whose draws have these scores: rollout, metrics, and the batches that it drew."""
+def step(rounds, number, *scores, observe=None):
+    """A step whose draws have these scores: rollout, metrics, the rest, and the batches that it
+    drew.
+    """
     drawn = []
 
     def draw(batch):
         drawn.append(batch)
         return answers(scores[len(drawn) - 1], 100 * len(drawn))
 
-    job = rl_job(programs={"num_equal": NUM_EQUAL, "refill": REFILL}, schedule=schedule(rounds))
+    algorithm = types.SimpleNamespace(observe=observe)
+    own = types.SimpleNamespace(algorithm=algorithm)
+    programs = {"refill": REFILL, "informative": lambda state, rollout: informative(rollout)}
+    job = rl_job(programs=programs, schedule=schedule(rounds), method=own)
     rollouts = map(draw, job.schedule.batches(number))
-    return *replace_uninformative(job, next(rollouts), rollouts), drawn
+    first = next(rollouts)
+    found = replace_uninformative(job, None, first, rollouts, lambda rollout: (rollout,))
+    return *found, drawn
 
 
 def bits(key):
@@ -122,7 +123,8 @@ def test_rounds_have_other_prompts_and_keys_and_end_when_all_groups_differ():
     same = [1] * 8
     one = [1, 2, 3, 3, 4, 4, 5, 5]
     rest = [1, 2, 3, 4, 5, 6, 7, 7]
-    rollout, metrics, drawn = step(3, 1, same, one, rest)
+    rollout, metrics, unread, drawn = step(3, 1, same, one, rest)
+    assert unread == []
     assert_array_equal(rollout.row_ids, [200, 201, 300, 301, 302, 303, 304, 305])
     assert {name: float(x) for name, x in metrics.items()} == {
         "sampling/rounds": 2.0,
@@ -141,15 +143,25 @@ def test_rounds_have_other_prompts_and_keys_and_end_when_all_groups_differ():
     assert not steps[0] & steps[1]
     first = [step[0].rows.tolist() for step in made]  # each prompt has its turn once an epoch
     assert first == [schedule(0).batches(number)[0].rows.tolist() for number in range(9)]
-    again = step(3, 1, same, one, rest)[2]
+    *_, again = step(3, 1, same, one, rest)
     assert [bits(batch.key) for batch in again] == [bits(batch.key) for batch in drawn] == keys[4:7]
 
 
 def test_when_the_rounds_run_out_what_is_left_stays():
-    rollout, metrics, _ = step(1, 0, [1] * 8, [1, 2, 3, 3, 4, 4, 5, 5])
+    rollout, metrics, _, _ = step(1, 0, [1] * 8, [1, 2, 3, 3, 4, 4, 5, 5])
     assert_array_equal(rollout.row_ids, [200, 201, *range(102, 108)])
     assert metrics["sampling/rounds"] == 1
     assert metrics["sampling/uninformative"] == 7 / 8
+
+
+def test_every_group_that_was_drawn_is_learned_from_or_left_over():
+    draws = [1] * 8, [1, 2, 3, 3, 4, 4, 5, 5], [6, 7, 8, 9, 1, 1, 2, 3]
+    rollout, _, unread, drawn = step(3, 0, *draws, observe=lambda state, rollout, **_: state)
+    assert len(drawn) == 3
+    assert len(unread) == 2
+    found = np.concatenate([part.row_ids for part in (rollout, *unread)])
+    assert sorted(found.tolist()) == [100 * k + i for k in (1, 2, 3) for i in range(8)]
+    assert set(rollout.row_ids.tolist()) == {200, 201, 300, 301, 302, 303, 306, 307}
 
 
 class Recorder:
@@ -205,6 +217,16 @@ def test_the_last_tokens_of_a_response_cost_ever_more(tokens, lost):
 def test_settings_that_do_not_fit(settings, message):
     with pytest.raises((UserError, ValueError), match=message):
         method.check_settings("ppo", RLStage(**settings), ppo.Config(), layout_of(RunConfig()))
+
+
+def test_groups_of_a_run_are_asked_after_its_rules(tmp_path):
+    """All answers have one score, and long ones lose some of it: groups of two lengths teach."""
+    rules = {"overlong_buffer": 1, "stop": tuple("abcsy "), "dynamic_sampling": 1}
+    config = with_rl(letters_run(tmp_path), batch_size=16, num_iterations=1, **rules)
+    equal = lambda responses: [1.0] * len(responses)  # noqa: E731
+    result = training.rl.run(config, grpo, grpo.Config(group_size=8), reward=equal)
+    assert result.metrics["grad_norm"] > 0
+    assert result.metrics["sampling/uninformative"] < 1
 
 
 REWARD = """

@@ -23,7 +23,8 @@ import pytest
 import yaml
 from builders import ROOT, json_lines
 from fifteen_minutes import FIRST, PAGE, ends_as_shown
-from pages import BLOCK, blocks, outputs, typed
+from page_commands import PAGES, README, commands, name
+from pages import blocks, outputs, typed
 from shakespeare import ShakespeareConfig
 
 from rlhf_jax import cli, config, training
@@ -41,13 +42,8 @@ sys.path.append(str(ROOT / "docs"))
 import pictures
 import reference
 
-README = ROOT / "README.md"
 COMING = ROOT / "docs" / "comparison.md"
 PROGRAMS = sorted((ROOT / "docs" / "programs").glob("*.py"))
-PAGES = [
-    README,
-    *sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts),
-]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 SETTINGS = ShakespeareConfig()
 KEY = re.compile(r"^\| `([a-z0-9_.]+)` \| `((?!--)[^`]*)` \|", re.MULTILINE)  # no flags
@@ -59,36 +55,7 @@ RUN_BY_TEST_SCRIPTS = {
 }
 RUNS = ROOT / "docs" / "runs.md"
 OWN_MODEL = ROOT / "docs" / "your-own-chat-model.md"
-# What README says that this test does not run.
-NOT_RUN = {
-    "python3 -m venv": "makes the environment that runs this test",
-    "pip install": "changes the environment; .ci/run starts with these commands",
-    "rlhf-jax quickstart": "takes minutes; tests/fifteen_minutes.py runs it",
-    **dict.fromkeys(FIRST, "follows the quickstart; tests/fifteen_minutes.py runs it"),
-    "pytest": "is what runs this test",
-}
 OTHER_FLAGS = {"config", "help", "lexicon", "tokenizer", "devices", "memory", "length", "worker"}
-
-
-def name(path):
-    return path.relative_to(ROOT).as_posix()
-
-
-def commands(path):
-    """In the order of the page; a command that goes on in the next line, after a backslash, is
-    one.
-    """
-    if path == README:
-        lines = re.sub(r" *\\\n *", " ", BLOCK.sub("", path.read_text("utf-8"))).splitlines()
-        given = [line.removeprefix("    ") for line in lines if line.startswith("    ")]
-    else:
-        text = "".join(block.text for block in blocks(path) if block.language == "console")
-        lines = re.sub(r" *\\\n *", " ", text).splitlines()
-        assert all(line.startswith(("$ ", "> ")) for line in lines), (
-            f"{name(path)}: no '$ ' before a command"
-        )
-        given = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
-    return [command for command in given if not command.startswith(tuple(NOT_RUN))]
 
 
 def to_run(path):
@@ -346,8 +313,8 @@ def test_the_commands_of_a_page_run(path, tmp_path):
 def test_readmes_commands_make_the_files_that_they_read(tmp_path, monkeypatch):
     """On a fresh checkout: what no command before has made would be a file of the reader's."""
     monkeypatch.chdir(tmp_path)
-    for name, (_, rows) in demo.FILES.items():
-        monkeypatch.setitem(demo.FILES, name, (64, rows))
+    for file, (_, rows) in demo.FILES.items():
+        monkeypatch.setitem(demo.FILES, file, (64, rows))
     monkeypatch.setattr("rlhf_jax.cli.data.show", lambda text: None)
     made = {"demo", "runs"}  # what comes with the package, and what its commands write
     for command in commands(README):

@@ -5,6 +5,7 @@ in NumPy, their objectives by enumeration, and in whole runs.
 import itertools
 import math
 from dataclasses import replace
+from fractions import Fraction
 from functools import partial
 
 import jax
@@ -174,6 +175,23 @@ def test_a_majority_of_many_answers():
     assert majority_at_k(answers, 1.0 * (answers == "1"), 1) == pytest.approx(40 / 64)
 
 
+def test_measures_of_two_thousand_answers():
+    """Binomials of 1,030 and more are no floats. Of 1,200 right answers against the product of
+    chances that all of k are wrong, and the sum over votes, in exact fractions.
+    """
+    n, right, k = 2000, 1200, 301
+    scores = np.arange(n) < right
+    wrong = math.prod(Fraction(n - right - i, n - i) for i in range(k))
+    assert_allclose(best_at_k(1.0 * scores[None], k), [float(1 - wrong)], rtol=1e-12)
+    assert_allclose(best_at_k(np.arange(1.0 * n)[None], k), [k * (n + 1) / (k + 1) - 1], rtol=1e-12)
+    few = np.arange(n) < 1010
+    votes = range(k // 2 + 1, k + 1)
+    wins = sum(math.comb(1010, v) * math.comb(n - 1010, k - v) for v in votes)
+    found = majority_at_k(few.astype(str), 1.0 * few, k)
+    assert_allclose(found, float(Fraction(wins, math.comb(n, k))), rtol=1e-10)
+    assert 0.5 < found < 0.7
+
+
 # --- Updates against NumPy
 
 LENGTHS = [4, 1, 2, 0, 3, 2, 1, 4]  # two groups of four; the last of the first is missing
@@ -276,6 +294,31 @@ def test_loss_and_gradient_equal_numpy(name):
     assert_allclose(total, expected, rtol=1e-5, atol=1e-6)
     assert_allclose(gradient["logits"], by_hand, rtol=1e-4, atol=1e-6)
     assert np.abs(by_hand).max() > 0.01
+
+
+def test_gdpo_without_scales_adds_differences_from_the_mean():
+    """A component of ten times the spread then counts ten times as much."""
+    scores = np.float32([0, 1, 2, 5, 1, 1, 4, 2])
+    extras = {"correct": scores, "format": 10 * scores[::-1]}
+    rollout = tabular.rollout(0, [1] * 8).replace(scores=scores, extras=extras, advantages=None)
+    how = {"group_size": 4, "components": ("correct", "format"), "weights": (2.0, 0.5)}
+    prepared = gdpo.prepare(rollout, config=gdpo.Config(scale=False, **how))
+    total = 2.0 * scores + 0.5 * 10 * scores[::-1]
+    total -= np.repeat(total.reshape(2, 4).mean(axis=1), 4)
+    found = np.asarray(prepared.advantages).sum(axis=1)
+    assert_allclose(found, total / total.std(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_gdpo_learns_nothing_from_a_group_of_equal_components(seed):
+    """Exactly, though the mean of the other groups is rounded."""
+    scores = np.float32(np.random.default_rng(seed).normal(size=12).round(1))
+    scores[8:] = 0.7
+    rollout = tabular.rollout(0, [1] * 12).replace(extras={"correct": scores}, advantages=None)
+    config = gdpo.Config(group_size=4, components=("correct",), weights=(0.3,))
+    found = np.asarray(gdpo.prepare(rollout, config=config).advantages).sum(axis=1)
+    assert_array_equal(found[8:], np.zeros(4))
+    assert_allclose(np.mean(found**2), 1, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["gdpo", "batch"])

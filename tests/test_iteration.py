@@ -20,9 +20,10 @@ from tabular import rollout as tabular_rollout
 
 from rlhf_jax import iteration, models, rewards, sampling, sharding
 from rlhf_jax.algorithms import vpg
-from rlhf_jax.config import RLStage
+from rlhf_jax.config import RLStage, RunConfig, model_source
 from rlhf_jax.data.encoding import EncodedPrompts
 from rlhf_jax.graders import spec
+from rlhf_jax.training.rl import method
 from rlhf_jax.training.rl.programs import rules
 from rlhf_jax.training.rl.run import collect
 from rlhf_jax.training.rl.schedule import Batch
@@ -349,53 +350,25 @@ def test_the_update_reads_rewards_less_the_kl_and_the_scores_as_they_were():
     assert metrics["objective/kl"] == pytest.approx((0.25 - 3) / 2)
 
 
-def test_the_kl_is_a_mean_of_row_sums_and_its_default_horizon_is_ten_iterations():
+@pytest.mark.parametrize(("horizon", "factor"), [(None, 1.02), (12, 1 + 0.2 * 3 / 12)])
+def test_the_kl_is_a_mean_of_row_sums_and_its_default_horizon_is_ten_iterations(horizon, factor):
     """Rows of 2, 3 and no tokens at ln 2 each are 2.5 ln 2 nats a row; the coefficient then moves
-    by a tenth of .2.
+    by a tenth of .2, or with the horizon of the settings by three twelfths.
     """
     nats = math.log(2)
     batch = tabular_rollout(0, [2, 3, 0])
     ref_log_probs = np.asarray(batch.log_probs) - np.float32(nats)
     batch = batch.replace(ref_log_probs=ref_log_probs, rewards=None)
     batch = batch.replace(scores=f32(1.0, 2.0, math.nan))
-    learn = learning(Recorder, penalty=iteration.kl_penalty(0.15, target=0.5))
+    settings = RLStage(kl_coef=0.15, kl_target=0.5, kl_horizon=horizon)
+    source = model_source(RunConfig())
+    penalty = method.penalty_of(source, settings, method.completed(vpg), vpg.Config())
+    learn = learning(Recorder, penalty=penalty)
     start = iteration.LoopState.create(None, 0.15)
     loop, metrics = learn(start, batch, None, iteration.Functions(None))
     assert_allclose(metrics["objective/kl"], 2.5 * nats, rtol=1e-6)
     assert_allclose(metrics["objective/reward"], 1.5 - 0.15 * 2.5 * nats, rtol=1e-6)
-    assert_allclose(loop.kl_coef, 0.15 * 1.02, rtol=1e-6)
-
-
-def test_the_share_of_groups_without_a_gradient():
-    """Groups of two, which score alike or not; of the second row the rule that follows masks the
-    response.
-    """
-    rollout = jax.tree.map(lambda x: np.tile(x, (2, 1)), made_rollout())
-
-    def equal_share(*scores, group_size=2, **rules):
-        config = SimpleNamespace(group_size=group_size)
-        learn = learning(Recorder, config=config, penalty=iteration.NO_PENALTY, **rules)
-        loop = iteration.LoopState.create(None, 0.0)
-        scored = rollout.replace(scores=f32(*scores))
-        return float(learn(loop, scored, None, iteration.Functions(None))[1]["reward/equal_share"])
-
-    assert equal_share(1.0, 1.0, 2.0, 3.0) == 0.5
-    # Without groups the batch is one.
-    assert equal_share(1.0, 1.0, 3.0, 3.0, group_size=1) == 0
-    assert equal_share(3.0, 3.0, 3.0, 3.0, group_size=1) == 1
-    # What counts are the scores after the rules: here every second response ends, the others lose
-    # 1.
-    lose_one = iteration.missing_eos(SAMPLING.eos_id, penalty=1.0, score=None)
-    assert equal_share(1.0, 1.0, 1.0, 1.0, shape=lose_one) == 0
-    masked = iteration.mask_truncated(SAMPLING.eos_id)
-    assert equal_share(1.0, 2.0, 3.0, 4.0, masked=masked) == 1  # one row of each group is left
-
-
-def test_a_batch_of_one_row_has_no_equal_groups():
-    rollout = jax.tree.map(lambda x: x[:1], made_rollout(scores=f32(1.0, 2.0)))
-    loop = iteration.LoopState.create(None, 0.0)
-    _, metrics = learning(Recorder)(loop, rollout, None, iteration.Functions(None))
-    assert "reward/equal_share" not in metrics
+    assert_allclose(loop.kl_coef, 0.15 * factor, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -425,21 +398,6 @@ def test_the_most_common_response_of_rows_on_several_devices():
     rollout = sharding.shard_rows(sharding.make_mesh(), Rollout(rows, rows, rows, rows))
     assert len(rollout.tokens.addressable_shards) == 4
     assert float(jax.jit(iteration.most_common)(rollout)) == 5 / 8
-
-
-def test_groups_of_equal_scores_are_counted():
-    """Groups of two: equal, unequal, equal but for an absent row, and absent."""
-    present = np.array([1, 1, 1, 1, 1, 0, 0, 0])[:, None]
-    rollout = Rollout(
-        present,
-        present,
-        present,
-        present,
-        scores=f32(1.0, 1.0, 2.0, 3.0, 4.0, 9.0, 5.0, 5.0),
-    )
-    number = jax.jit(iteration.num_equal, static_argnames="group_size")
-    assert number(rollout, group_size=2) == 3
-    assert number(rollout, group_size=1) == 0  # no groups: the batch is one
 
 
 def test_non_finite_rewards_leave_the_loop_as_it_was():

@@ -26,6 +26,7 @@ from rlhf_jax.algorithms import (
     maxrl,
     otb,
     pass_at_k,
+    policy,
     ppo,
     reward_model,
     rloo,
@@ -310,7 +311,11 @@ def train(name, algorithm, config, kl_coef, num_steps, rows):
             )
         if name == "dapo":  # groups that score alike are replaced
             kept, fresh = (tiny.draw(params, half) for half in jnp.split(uniform, 2))
-            return iteration.refill(kept, fresh=fresh, group_size=config.group_size)
+            offered, teaches = (
+                policy.informative_groups(rows, grpo.prepare(rows, config=config), config)
+                for rows in (fresh, kept)
+            )
+            return iteration.refill(kept, fresh=fresh, wanting=~teaches, offered=offered)[0]
         likeliest = jnp.asarray(tiny.REWARDS, jnp.float32)[tiny.greedy(params)]
         return tiny.draw(params, uniform).replace(greedy_rewards=jnp.full(rows, likeliest))
 

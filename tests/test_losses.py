@@ -4,6 +4,7 @@
 
 import functools
 import math
+from typing import get_args
 
 import chex
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from rlhf_jax import losses
+from rlhf_jax import losses, ops
 
 
 def f32(*x):
@@ -218,6 +219,79 @@ def test_a_binary_divergence_is_that_of_two_outcomes():
     assert_allclose(found[1], kl, rtol=1e-4, atol=1e-7)
     certain = losses.binary_divergence(f32(0.0, 0.0), f32(0.0, math.log(0.5)), "kl")
     assert_allclose(certain, [0.0, 0.5 * math.log(0.5) + 0.5 * math.log(0.5 / 1e-6)], atol=1e-3)
+
+
+# Where the policy is the one that sampled, or its own reference
+
+AT_ONE = f32([-0.5, -1.2, -2.0])
+ADVANTAGES_THERE = f32([2.0, 2.0, 2.0], [-0.7, -0.7, -0.7], [0.0, 0.0, 0.0])
+
+
+@pytest.mark.parametrize("bounds", [0.0, 0.2])
+@pytest.mark.parametrize("kind", get_args(losses.Surrogate))
+def test_each_surrogate_begins_as_the_policy_gradient(kind, bounds):
+    """Also with a bound at a ratio of 1; a token without an advantage has no gradient."""
+    log_probs = jnp.broadcast_to(AT_ONE, (3, 3))
+    bound = {"clip_low": bounds, "clip_high": bounds}
+    bound |= {"dual_clip": 3.0} if kind == "clip" else {}
+
+    def total(new):
+        how = {"log_ratio": new - log_probs, **bound}
+        return losses.surrogate(kind, new, ADVANTAGES_THERE, **how)[0].sum()
+
+    assert_allclose(jax.grad(total)(log_probs), -ADVANTAGES_THERE, rtol=1e-6)
+
+
+@pytest.mark.parametrize("gate", [gate for gate in get_args(losses.Gate) if gate != "none"])
+def test_no_gate_drops_a_token_that_did_not_move(gate):
+    new = jnp.broadcast_to(AT_ONE, (3, 3))
+    dropped = losses.gated(gate, new, new, ADVANTAGES_THERE, np.ones((3, 3)), 0.0)
+    assert not dropped.any()
+
+
+def distances():
+    """{name: a function of log-probabilities or logits, and where it is 0}."""
+    logits = f32([0.3, -1.0, 2.0, -1e30])
+    measured = {}
+    for kind in ("k2", "k3"):
+        measured[f"kl {kind}"] = functools.partial(ops.kl, estimator=kind), AT_ONE
+    for kind in ("tv", "kl"):
+        apart = functools.partial(losses.binary_divergence, kind=kind)
+        measured[f"binary {kind}"] = apart, f32(-0.5, -1e-3, 0.0)
+    for kind in get_args(losses.Divergence):
+        apart = functools.partial(losses.divergence, kind=kind, beta=0.3)
+        measured[f"divergence {kind}"] = (lambda p, q, f=apart: f(p, teacher_logits=q)), logits
+    measured["absolute"] = (lambda x, y: ops.absolute(x - y)), AT_ONE
+    measured["values"] = (lambda v, r: losses.clipped_value(v, AT_ONE, r)), AT_ONE
+    return measured
+
+
+@pytest.mark.parametrize("name", distances())
+def test_what_is_0_at_equality_has_no_gradient_there(name):
+    apart, point = distances()[name]
+    loss, gradient = jax.value_and_grad(lambda x: apart(x, point).sum())(point)
+    assert_allclose(loss, 0, atol=1e-7)
+    assert_allclose(gradient, np.zeros(point.shape), atol=3e-6)
+    assert np.any(
+        jax.grad(lambda x: apart(x, point).sum())(point + f32(0.1, -0.2, -0.05, 0)[: len(point)])
+    )
+
+
+@pytest.mark.parametrize("kind", [*get_args(losses.DPOKind), *get_args(losses.KTOKind)])
+def test_losses_of_answers_have_a_finite_gradient_at_equality(kind):
+    """At the reference, at a margin of 0, and of certain answers; there a hinge is at its end."""
+
+    def total(chosen, rejected):
+        if kind in get_args(losses.KTOKind):
+            point = {"reference_point": 0.0, "desirable": f32(1, 0), "beta": 0.5, "kind": kind}
+            return losses.kto(chosen - rejected, **point).sum()
+        return losses.dpo(chosen, rejected, 0.5, kind).sum()
+
+    of_both = jax.grad(total, argnums=(0, 1))
+    assert np.isfinite(of_both(f32(0, 0), f32(0, 0))).all()
+    at_its_end = of_both(f32(2, 2), f32(0, 0))
+    assert np.isfinite(at_its_end).all()
+    assert np.any(at_its_end) == (kind != "hinge")
 
 
 # One number from many

@@ -167,6 +167,15 @@ def test_online_dpo_compares_the_best_answer_with_the_worst():
     assert_allclose(gradient, np.repeat(expected[:, None], 3, axis=1), atol=1e-6)
 
 
+def test_online_dpo_compares_sums_of_rewards_at_tokens():
+    """The first answer has the larger reward at a token, the second the larger sum."""
+    dense = np.zeros((2, 4), np.float32)
+    dense[:, 2:] = [[-4.0, 5.0], [2.0, 0.0]]
+    rows = rollout_of(np.full((2, 3), -1.0), np.full((2, 3), -1.0), rewards=dense, dense=True)
+    _, _, gradient = evaluated(online_dpo, online_dpo.Config(beta=0.5), rows)
+    assert_allclose(gradient, np.repeat([[0.25], [-0.25]], 3, axis=1), atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("module", "fields", "message"),
     [

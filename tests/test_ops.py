@@ -42,8 +42,25 @@ def test_whiten_by_hand():
     assert_allclose(whiten(x, mask), [[-1.0, 1.0, 0.0]], atol=1e-6)
     assert_allclose(whiten(x, mask, shift_mean=False), [[1.0, 3.0, 0.0]], atol=1e-6)
     assert_allclose(whiten(3 * x, mask, shift_mean=False), [[5.0, 7.0, 0.0]], atol=1e-6)
-    # var is 1e-8
-    assert_allclose(whiten(np.float32(1e-4) * x, mask), [[-0.70711, 0.70711, 0.0]], atol=1e-5)
+    # Of a mean of 1e7 the variance, 1, grows by 1.
+    assert_allclose(whiten(x + 1e7 - 2, mask), [[-0.70711, 0.70711, 0.0]], atol=1e-5)
+
+
+@pytest.mark.parametrize("unit", [1e-8, 1e-4, 1.0, -7.0, 1e8])
+def test_whitening_knows_no_unit(unit):
+    """Numbers that vary; equal ones give exactly 0 with a finite gradient, and their rounding stays
+    below 1.
+    """
+    rng = np.random.default_rng(0)
+    x, mask = np.float32(rng.normal(0.5, 1.0, (4, 9))), rng.random((4, 9)) < 0.8
+    whiten = jax.jit(ops.whiten)
+    expected = np.sign(unit) * (x - x[mask].mean()) / x[mask].std()
+    assert_allclose(whiten(unit * x, mask), np.where(mask, expected, 0), atol=1e-5)
+    same = np.full_like(x, 10.1 * unit)
+    assert not np.any(whiten(same, mask))
+    assert np.isfinite(jax.grad(lambda x: jnp.sum(whiten(x, mask) * expected))(same)).all()
+    rounded = np.where(rng.random(x.shape) < 0.5, np.nextafter(same, np.float32(np.inf)), same)
+    assert np.abs(whiten(rounded, mask)).max() < 0.7
 
 
 def test_shape_mistakes_say_what_was_expected():

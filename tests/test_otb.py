@@ -61,18 +61,27 @@ def loop(rewards, group_size=3):
     return out
 
 
+START = TrainState.create(TABLE, optax.sgd(0.1))
 prepare = jax.jit(partial(otb.prepare, policy_fn=POLICY, config=CONFIG))
 
 
 def test_each_token_has_the_baseline_of_its_group_and_column():
-    found = prepare(rollout(), TABLE).advantages
+    found = prepare(rollout(), state=START).advantages
     expected = loop(REWARDS)
     assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
     assert np.abs(expected[:2]).max() > 0.1
     assert found[0, 5] == 0.0  # no other answer is that long
     at_end = np.where(np.cumsum(MASK, axis=1) * MASK == MASK.sum(axis=1, keepdims=True), 1.0, 0.0)
-    equal = prepare(rollout(np.float32(10.1) * at_end), TABLE).advantages
+    equal = prepare(rollout(np.float32(10.1) * at_end), state=START).advantages
     assert_array_equal(equal, np.zeros(MASK.shape))
+
+
+def test_the_weights_are_of_the_policy_that_learns():
+    """Log-probs of a rollout may be an older policy's, or an engine's."""
+    stale = replace(rollout(), log_probs=rollout().log_probs - 0.7)
+    assert_array_equal(
+        prepare(stale, state=START).advantages, prepare(rollout(), state=START).advantages
+    )
 
 
 def test_an_update_learns_from_these_advantages():
@@ -93,5 +102,6 @@ def test_an_update_learns_from_these_advantages():
     moved = (state.params["table"] - TABLE["table"]) / 0.1
     assert_allclose(moved, slope / 5, rtol=1e-4, atol=1e-5)  # five answers
     assert metrics["nonfinite"] == 0
+    given = replace(rollout(), advantages=jnp.zeros(MASK.shape))
     with pytest.raises(ValueError, match=r"rollout\.advantages is given"):
-        update(state, replace(rollout(), advantages=jnp.zeros(MASK.shape)), None)
+        jax.jit(update)(state, given, jax.random.key(0))

@@ -13,6 +13,7 @@ import pytest
 from jax import Array
 
 from rlhf_jax import TrainState, iteration, ppo, rloo, vpg
+from rlhf_jax.algorithms.policy import wanted
 from rlhf_jax.config import Optimizer, PPOStage, RLStage, RunConfig, for_algorithm, parse
 from rlhf_jax.errors import UserError
 from rlhf_jax.training.rl import critic, method
@@ -220,10 +221,10 @@ class Tables(TrainState):
 
 
 def test_a_state_is_told_the_sizes_that_it_asks_for():
-    sizes = Sizes(rows=4, columns=6, prompts=9)
-    assert sizes.wanted(TrainState.create) == {}
-    assert sizes.wanted(vpg.State.create) == {}
-    told = sizes.wanted(Tables.create)
+    sizes = Sizes(rows=4, columns=6, prompts=9)._asdict()
+    assert wanted(TrainState.create, sizes) == {}
+    assert wanted(vpg.State.create, sizes) == {}
+    told = wanted(Tables.create, sizes)
     state = Tables.create({"x": jnp.zeros(1)}, optax.sgd(0.1), **told)
     assert (state.means.shape, state.last.shape) == ((9,), (4, 6))
 

@@ -106,6 +106,7 @@ def test_a_plain_function_is_used_unchecked(fn):
     policies.as_policy(fn).check(drawn(temperature=2.0, prompt_length=1))
     with pytest.raises(ValueError, match=r"policy_fn has temperature 0\.5"):
         POLICY.check(drawn(temperature=2.0))
+    POLICY.check(drawn(temperature=0.0))  # greedy: no temperature would have drawn these
 
 
 def test_a_loss_names_the_function_that_does_not_fit():

@@ -36,7 +36,7 @@ def start(optimizer=SGD):
 
 def prepared(rewards, values, mask, **config):
     made = Rollout(np.zeros(mask.shape, np.int32), mask, mask, np.zeros(mask.shape), values=values)
-    made = made.replace(rewards=np.asarray(rewards, np.float32))
+    made = made.replace(rewards=jnp.asarray(rewards, jnp.float32))
     return jax.jit(partial(ppo.prepare, config=ppo.Config(**config)))(made)
 
 
@@ -69,7 +69,7 @@ def test_normalized_returns_by_hand(gae_lambda, advantages, returns):
 
 
 @pytest.mark.parametrize("gae_lambda", [0.95, 1.0])
-@pytest.mark.parametrize(("unit", "shift"), [(0.01, 0.0), (100.0, 0.0), (1.0, -50.0)])
+@pytest.mark.parametrize(("unit", "shift"), [(1e-8, 0.0), (0.01, 0.0), (1e8, 0.0), (1.0, -50.0)])
 def test_the_unit_of_rewards_does_not_matter(gae_lambda, unit, shift):
     """Nor does a number that is added to each answer's reward."""
     rng = np.random.default_rng(0)
@@ -79,8 +79,9 @@ def test_the_unit_of_rewards_does_not_matter(gae_lambda, unit, shift):
     config = {"gae_lambda": gae_lambda, "gamma": 1.0}
     first = prepared(rewards, values, mask, **config)
     second = prepared(unit * rewards + shift * last, values, mask, **config)
-    assert_allclose(second.advantages, first.advantages, atol=2e-3)
-    assert_allclose(second.returns, first.returns, atol=2e-3)
+    close = {"atol": 1e-4 if shift else 1e-5}
+    assert_allclose(second.advantages, first.advantages, **close)
+    assert_allclose(second.returns, first.returns, **close)
     found = [
         float(explained(factor * rewards, values, mask, **config, normalize_returns=True))
         for factor in (1.0, unit)
@@ -110,6 +111,12 @@ def test_a_critic_of_equal_returns_is_no_noise():
     assert not np.any(found.advantages)
     assert not np.any(found.returns)
 
+    def squares(rewards):
+        found = prepared(rewards, values, np.ones((8, 3), int))
+        return jnp.sum(found.returns * values + found.advantages**2)
+
+    assert np.isfinite(jax.grad(squares)(np.float32(rewards))).all()
+
 
 def test_explained_variance_is_of_normalized_returns():
     """Values that are the normalised Monte-Carlo returns explain all of them at any lambda."""
@@ -132,6 +139,12 @@ def test_explained_variance_by_hand(gae_lambda):
     rewards, values = [[1, 2], [1, 9]], np.array([[0.0, 1.0], [2.0, np.nan]])
     found = explained(rewards, values, np.array([[1, 1], [1, 0]]), gae_lambda=gae_lambda)
     assert found == pytest.approx(1 - (8 / 3) / (2 / 3))
+    units = [2 / 3, 1.0]  # of rewards, or normalised
+    for is_normalized, variance in enumerate(units):
+        config = {"gae_lambda": gae_lambda, "normalize_returns": bool(is_normalized)}
+        made = prepared(rewards, values, np.array([[1, 1], [1, 0]]), **config)
+        metrics = ppo.explained_variance(made, ppo.Config(**config), None)
+        assert metrics["value/return_variance"] == pytest.approx(variance)
     # gamma 1/2: returns (2, 2) and (3).
     rewards = [[1, 2], [3, 0]]
     values = np.array([[2.0, 2.5], [3.0, 0.0]])

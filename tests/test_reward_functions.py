@@ -100,11 +100,15 @@ def test_a_sum_of_traced_terms_and_a_function(functions):
         "length/twice": [4, 2],
         "length:1": [1, 0],
     }
-    scores, parts = build("count:a", f"{functions}:length").host(
-        rollout(), {"topic": ["x", "skip"], "other": [1, 2]}
-    )
-    assert scores == [4.0, 1.0]  # the sum has what scored
-    assert parts["length"][1] == rewards.host.NO_REASON
+    skipped = {"topic": ["x", "skip"], "other": [1, 2]}
+    scores, parts = build("count:a", f"{functions}:length").host(rollout(), skipped)
+    assert scores == [4.0, rewards.Unscored("length: the reward is None", ("length",))]
+    assert parts["length"] == [2.0, rewards.host.NO_REASON]
+    # Without a weight it is not learned from; or it says what its absence is worth.
+    for entry, second in (("*0", 1.0), (" else -1.5", -0.5), ("*-2 else 3", 1 - 2 * 3)):
+        scores, parts = build("count:a", f"{functions}:length{entry}").host(rollout(), skipped)
+        assert scores[1] == second
+        assert parts["length"][1] == rewards.host.NO_REASON
     # The texts are the first two arguments, whatever their names.
     scores, _ = build(f"{functions}:texts").host(rollout(), {"topic": ["x", "y"], "other": [1, 2]})
     assert scores == [4.0, 3.0]
@@ -119,6 +123,25 @@ def test_a_traced_reward_on_the_host():
         spec.as_host(dense), rollout().replace(log_probs=np.ones((2, 4))), {}
     )
     assert_array_equal(scored.scores, [[0, 0, 1, 1], [0, 0, 1, 0]])
+
+
+@pytest.mark.parametrize(
+    ("entry", "parts"),
+    [
+        ("mine.py:f", ("mine.py:f", 1.0, None)),
+        ("mine.py:f*-.5 else 0", ("mine.py:f", -0.5, 0.0)),
+        ("judge:kind.yaml else -1e-1", ("judge:kind.yaml", 1.0, -0.1)),
+        ("regex:a*2*1", ("regex:a*2", 1.0, None)),
+        ("regex:if .* else x", ("regex:if .* else x", 1.0, None)),
+        ("regex:x else 1*2", ("regex:x else 1", 2.0, None)),
+        ("regex:a\nb*2", ("regex:a\nb", 2.0, None)),
+        ("", ("", 1.0, None)),
+    ],
+)
+def test_an_entry_is_a_spec_a_weight_and_what_its_absence_is_worth(entry, parts):
+    assert spec._split(entry) == parts
+    if entry.startswith(("mine", "judge")):
+        assert spec.named(entry) == spec.named(parts[0])
 
 
 @pytest.fixture

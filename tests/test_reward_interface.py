@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import pickle
+import re
 import sys
 from dataclasses import replace
 from decimal import Decimal
@@ -35,7 +36,6 @@ from rlhf_jax.data.tokenizers import characters, train_bpe
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.graders import pairs, spec
 from rlhf_jax.iteration import LoopState
-from rlhf_jax.rewards.host import NO_REASON
 from rlhf_jax.rewards.texts import check_function, on_texts
 from rlhf_jax.training.rl.schedule import Batch
 from rlhf_jax.training.rl.score import score
@@ -70,7 +70,8 @@ def called(fn, columns=None, tokenizer=TOKENIZER, **how):
 def build(folder, text, *entries, columns=("task",)):
     file = folder / "mine.py"
     file.write_text(text)
-    specs = [entry if ":" in entry or "*" in entry else f"{file}:{entry}" for entry in entries]
+    is_own = [f"def {re.split('[^a-z]', entry)[0]}(" in text for entry in entries]
+    specs = [f"{file}:{x}" if own else x for x, own in zip(entries, is_own, strict=True)]
     return spec.build_reward(specs, tokenizer=TOKENIZER, load=pytest.fail, columns=columns)
 
 
@@ -103,36 +104,70 @@ def of_tasks(tmp_path):
     return sampled, batch_of(rows, range(3), "task"), rl_job(inputs={"reward": reward})
 
 
-def test_a_sum_has_what_scored_and_a_metric_its_own_rows(of_tasks):
+def test_an_answer_that_a_part_cannot_score_is_counted_by_part(of_tasks, tmp_path):
     sampled, batch, job = of_tasks
     scored = score(job, sampled, batch)
-    assert scored.rollout.scores.tolist() == [2, 3, 0]
-    assert scored.rollout.present.tolist() == [True, True, False]
+    assert not scored.rollout.present.any()
+    metrics = {name: float(value) for name, value in scored.metrics.items()}
+    assert metrics["reward/unscored"] == 3
+    assert (metrics["reward/unscored/maths"], metrics["reward/unscored/code"]) == (2, 2)
+    alone = score(job, sampled, batch, build(tmp_path, TASKS, "maths"))
+    assert alone.metrics["reward/unscored"] == 2
+    assert "reward/unscored/maths" not in alone.metrics  # there is no other part
+
+
+def test_a_sum_has_what_an_absent_score_is_worth_and_a_metric_its_own_rows(of_tasks, tmp_path):
+    """Also where a judge scores."""
+    sampled, batch, job = of_tasks
+    judge = build(tmp_path, TASKS, "maths else 0", "code*2 else -0.5")
+    scored = score(job, sampled, batch, judge)
+    assert scored.rollout.scores.tolist() == [2 - 1, 6, -1]
+    assert scored.rollout.present.all()
     assert_array_equal(scored.rollout.extras["maths"], [2, math.nan, math.nan])
     assert_array_equal(scored.rollout.extras["code"], [math.nan, 3, math.nan])
     metrics = {name: float(value) for name, value in scored.metrics.items()}
     assert (metrics["reward/maths"], metrics["reward/code"]) == (2, 3)
     assert (metrics["reward/rows/maths"], metrics["reward/rows/code"]) == (1, 1)
-    assert (metrics["reward/unscored"], metrics["objective/score"]) == (1, 2.5)
+    assert (metrics["reward/unscored"], metrics["objective/score"]) == (0, 2)
+    assert metrics["reward/unscored/maths"] == metrics["reward/unscored/code"] == 0
 
 
-def test_why_a_row_has_no_score_is_said_once_and_kept_in_its_sample(of_tasks, caplog):
+def test_an_ungraded_answer_wins_against_no_graded_one(tmp_path):
+    """A judge of harm with weight -1: what it did not read is not harmless."""
+    text = """
+def kind(responses):
+    return [8.0] * len(responses)
+def harm(responses):
+    return [0.1, 0.2, None][: len(responses)]
+"""
+    how = {"texts": ("e", "e", "e")}
+    reward = build(tmp_path, text, "kind", "harm*-1")
+    scored, _ = rewards.on_host(reward.host, rollout(**how), {})
+    assert_allclose(scored.scores, [7.9, 7.8, 0])
+    assert scored.present.tolist() == [True, True, False]
+
+
+def test_why_a_row_has_no_score_is_said_once_and_kept_in_its_sample(of_tasks, tmp_path, caplog):
     sampled, batch, job = of_tasks
+    reward = build(tmp_path, TASKS, "maths", "code*0")
+    job.inputs = job.inputs._replace(reward=reward)
     with caplog.at_level(logging.INFO, logger=logger.name):
         scored = score(job, sampled, batch)
         score(job, sampled, batch)
-    assert list(scored.reasons) == [None, None, f"no maths; {NO_REASON.reason}"]
+    assert list(scored.reasons) == [None, *["maths: no maths"] * 2]
     said = [record.getMessage() for record in caplog.records]
-    assert said == [f"reward: no score for 1 of 3 responses: {scored.reasons[2]} (said once)"]
+    assert said == ["reward: no score for 2 of 3 responses: maths: no maths (said once)"]
+    assert set(scored.metrics) >= {"reward/unscored/maths", "reward/rows/code"}
+    assert "reward/unscored/code" not in scored.metrics  # nothing depends on it
     samples = _samples(POLICY, sampled, scored, batch)
-    assert [row["score"] for row in samples] == [2, 3, None]
-    assert [row["reward/code"] for row in samples] == [None, 3, None]
+    assert [row["score"] for row in samples] == [2, None, None]
+    assert [row["reward/maths"] for row in samples] == [2, None, None]
     assert samples[2]["unscored"] == scored.reasons[2]
 
 
 def test_weights_and_rewards_at_tokens_are_summed_at_their_places(tmp_path):
     text = "def dense(completion_ids):\n    return [[1.0] * len(ids) for ids in completion_ids]\n"
-    reward = build(tmp_path, text, f"{tmp_path}/mine.py:dense*2", "length*-0.5")
+    reward = build(tmp_path, text, "dense*2", "length*-0.5")
     scored, components = rewards.on_host(reward.host, rollout(), {})
     assert_allclose(scored.scores, [[0, 0, 2, 2, 2 - 1.5], [0, 0, 2, 2 - 1.0, 0]])
     assert_array_equal(components["dense"], [3, 2])
@@ -143,6 +178,23 @@ def test_weights_and_rewards_at_tokens_are_summed_at_their_places(tmp_path):
     scores, components = jax.jit(traced)(rollout())
     assert_allclose(scores, scored.scores)
     assert_array_equal(components["dense"], [3, 2])
+
+
+@pytest.mark.parametrize("entry", ["some*2", "some*2 else 3"])
+def test_absent_rewards_at_tokens_are_a_number_at_the_last_one(entry, tmp_path):
+    """Of two parts at tokens one lacks a row: that is unscored, or has 3 at the end, times 2."""
+    text = """
+def every(completion_ids):
+    return [[1.0] * len(ids) for ids in completion_ids]
+def some(completion_ids):
+    return [[1.0] * len(ids) if len(ids) > 2 else None for ids in completion_ids]
+"""
+    reward = build(tmp_path, text, "every", entry)
+    scored, _ = rewards.on_host(reward.host, rollout(), {})
+    assert_allclose(scored.scores[0], [0, 0, 3, 3, 3])
+    second = [0, 0, 1, 1 + 2 * 3, 0] if "else" in entry else [0] * 5
+    assert_allclose(scored.scores[1], second)
+    assert scored.present.tolist() == [True, "else" in entry]
 
 
 def test_scores_of_other_rows_are_refused():
@@ -529,14 +581,14 @@ def test_an_algorithm_gets_the_extras_that_it_declares():
     rows, tokens = np.zeros(1), np.zeros((1, 2))
     given = {"count:e": rows, "other": rows, "sampler_log_probs": tokens}
     rollout = Rollout(*[tokens] * 4, extras=given, group_ids=rows)
-    read, key, _ = loop._update_arguments(rl_job(own=grpo.Config()), rollout, "key")
+    read, key, _ = loop._update_arguments(rl_job(own=grpo.Config()), "key", rollout)
     assert (read.extras, read.group_ids, key) == (None, None, "key")  # see iteration.learn
     watched = rl_job(own=Watched.Config())
-    read, _, _ = loop._update_arguments(watched, rollout, "key")
+    read, _, _ = loop._update_arguments(watched, "key", rollout)
     assert sorted(read.extras) == ["count:e", "sampler_log_probs"]
     for others in ({"other": rows}, {**given, "count:e": tokens}):
         with pytest.raises(UserError, match=r"reads count:e of each row.*there are "):
-            loop._update_arguments(watched, replace(rollout, extras=others), "key")
+            loop._update_arguments(watched, "key", replace(rollout, extras=others))
 
 
 @pytest.mark.slow

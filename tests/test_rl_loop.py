@@ -58,6 +58,7 @@ class Parts:
         self.config = RunConfig(output_dir=str(folder / "run"), rl=settings)
         self.fields = {}  # of the job
         self.choose = None
+        self.algorithm = completed(vpg)
         self.reference = None
         self.faulty = None  # the number of the step whose update is not finite
         self.failing = None  # the prompts that cannot be scored
@@ -70,9 +71,9 @@ class Parts:
     def open_job(self, config, *given):
         settings = config.rl
         penalty = iteration.kl_penalty(settings.kl_coef, target=settings.kl_target, horizon=10)
-        programs = ("rescored", "learn", "num_equal", "refill", "choose")
+        programs = ("rescored", "learn", "informative", "refill", "observe", "choose")
         parts = {
-            "method": Method(completed(vpg), vpg.Config(), settings, penalty, None),
+            "method": Method(self.algorithm, vpg.Config(), settings, penalty, None),
             "inputs": {"reward": spec.Reward(examples=({"note": "an example"},))},
             "programs": {name: getattr(self, name) for name in programs},
             "held_out": "held out",
@@ -126,11 +127,19 @@ class Parts:
         train = TrainState(train.step + 1, {"w": train.params["w"] + 1}, count)
         return replace(state, train=train), {"nonfinite": float(train.step == self.faulty)}
 
-    def num_equal(self, rollout):
-        return 2.0 if len(rollout.row_ids) < 3 else 0.0
+    def informative(self, state, rollout, key, functions):
+        """Of two groups none in the first draw, and one in each further draw."""
+        self.notes["asked"].append((names(rollout), policy_of(state), rollout.extras))
+        return np.array([rollout.row_ids[0] % 10 > 0, False])
 
-    def refill(self, rollout, fresh):
-        return named(*rollout.row_ids, *fresh.row_ids)
+    def refill(self, rollout, fresh, wanting, offered):
+        assert offered.tolist() == [True, False]
+        self.notes["wanting"].append(wanting.tolist())
+        return named(*rollout.row_ids, *fresh.row_ids), named(*-fresh.row_ids)
+
+    def observe(self, state, rollout):
+        self.notes["observed"].append((names(rollout), policy_of(state)))
+        return state, {}
 
     def validate(self, job, state):
         self.notes["validate"].append((job.held_out, policy_of(state)))
@@ -235,7 +244,16 @@ def test_uninformative_groups_are_replaced_by_those_of_the_next_batches(parts):
     assert seen == [[0, 1, 2], [10, 11, 12], [20, 21, 22]]
     assert [numbers for numbers, _ in parts.notes["learn"]] == seen
     assert (row["first"], row["objective/score"]) == (20.0, 20.0)
-    assert (row["sampling/rounds"], row["sampling/uninformative"]) == (2.0, 1.0)
+    assert (row["sampling/rounds"], row["sampling/uninformative"]) == (2.0, pytest.approx(2 / 3))
+    assert parts.notes["asked"][:3] == [([0], 0.0, None), ([1], 0.0, None), ([2], 0.0, None)]
+    assert parts.notes["wanting"][:2] == [[True, True], [False, True]]
+    assert not parts.notes["observed"]
+
+
+def test_groups_that_are_not_learned_from_are_observed_after_the_update(parts):
+    parts.algorithm = replace(parts.algorithm, observe=lambda state, rollout, **_: state)
+    parts.run(rl={"dynamic_sampling": 2})
+    assert parts.notes["observed"] == [([-10 * k - i], 1.0 + k) for k in range(3) for i in (1, 2)]
 
 
 @pytest.mark.parametrize(("changes", "expected"), [({}, 0.125), ({"kl_coef": 0.25}, 0.25)])

@@ -123,6 +123,45 @@ def test_safe_rlhf_is_its_formula():
     assert config.extras == {"harm": "row"}
 
 
+def test_a_rollout_without_a_cost_leaves_the_multiplier():
+    params = tabular.policy_params(0)
+    config = safe_rlhf.Config(group_size=2, limit=3.0, multiplier_rate=0.2)
+    state = safe_rlhf.State.create(params, HOW["optimizer"])
+    state = replace(state, log_multiplier=jnp.float32(np.log(0.7)))
+    batch = on_policy(params, batch_of([1.0, 0.0, 2.0, 1.0], [0, 0, 1, 1]))
+    for cost, expected in (([np.nan] * 4, 0.7), ([np.nan, 4.0] * 2, 0.7 * np.exp(0.2 * 0.7))):
+        costly = replace(batch, extras={"cost": jnp.float32(np.array(cost))})
+        _, metrics, _ = moved(safe_rlhf, state, costly, config)
+        assert_allclose(metrics["safe/multiplier"], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("entries", "cost"),
+    [
+        (["cost"], "cost"),
+        (["count:e", "cost*-0.5"], "cost"),
+        (["count:e"], "count:e"),
+        (["cost*0", "count:e"], "cost"),
+    ],
+)
+def test_what_is_rewarded_is_no_cost(entries, cost, tmp_path):
+    """A function of this name gives its score, which is a cost if it has no weight."""
+    file = tmp_path / "costs.py"
+    file.write_text("def cost(responses):\n    return [float(len(text)) for text in responses]\n")
+    entries = [f"{file}:{entry}" if "cost" in entry else entry for entry in entries]
+    config = with_rl(letters_run(tmp_path), num_iterations=1, validation_interval=9)
+    config = replace(config, reward=tuple(entries))
+    own = safe_rlhf.Config(group_size=2, cost=cost)
+    run = functools.partial(training.rl.run, config, safe_rlhf, own)
+    if entries[0].endswith("*0"):
+        assert run().metrics["safe/multiplier"] > 1
+        return
+    with pytest.raises(
+        UserError, match=rf"safe_rlhf reads {cost}, .* weight (1|-0\.5): give it .* 0"
+    ):
+        run()
+
+
 def constrained(reward, cost, reference, limit, coef):
     """The policy of Safe RLHF's saddle point and its multiplier, by bisection: for each multiplier
     the optimum is reference * exp((r - m c) / coef), normalised.
@@ -312,12 +351,23 @@ def test_a_curriculum_is_grpo_with_pass_rates():
     assert_allclose(after.beta, [0.6 * 0.5, 0.5, 0.6 * 0.5 + 1], rtol=1e-6)
 
 
+def test_groups_that_no_update_reads_change_the_record_alone():
+    """A score that is no rate of success, which would stop an update, counts nowhere."""
+    state = spo_state(tabular.policy_params(0), [1.0] * 4, [1.0] * 4, [0.0] * 4, 0.0)
+    rest = batch_of([1.0, 0.0, 1.4, 1.0, 1.0], [2, 2, 0, 0, 3], (4, 2, 3, 4, 0))
+    seen = curriculum.observe(state, rest, config=curriculum.Config(group_size=2, decay=0.6))
+    assert_allclose(seen.alpha, [1.6, 1.0, 1.6, 1.0], rtol=1e-6)
+    assert_allclose(seen.beta, [0.6, 1.0, 1.6, 1.0], rtol=1e-6)
+    jax.tree.map(assert_array_equal, seen.params, state.params)
+
+
 # --- Replay
 
 
-def old_rows(state, batch, config):
-    """The rows of a full buffer that the update with this state draws."""
-    prepared = replay.prepare(batch, state=state, config=config)
+def old_rows(state, batch, config, key=None):
+    """The rows of a full buffer that are drawn with this key; None: with that of an update."""
+    key = jax.random.fold_in(KEY, 2 * config.num_epochs) if key is None else key
+    prepared = replay.prepare(batch, state=state, key=key, config=config)
     return prepared, jax.tree.map(lambda x: np.asarray(x)[len(batch.tokens) :], prepared)
 
 
@@ -332,19 +382,18 @@ def test_replay_is_truncated_importance_sampling_of_old_groups():
         seen.append(grpo.prepare(batch, config=config))
         state = replay._advance(
             state,
-            replay.prepare(batch, state=state, config=config),
+            replay.prepare(batch, state=state, key=KEY, config=config),
             config=config,
             axis_name=None,
         )
     kept = np.concatenate([np.asarray(batch.tokens) for batch in seen[2:]])
     assert_array_equal(state.buffer["tokens"][:, 2:], kept)
     assert_array_equal(state.buffer["attention_mask"][:, :2], 0)
-    state = replace(state, step=jnp.int32(7))
 
     batch = batch_of([0.0, 1.0, 3.0, 2.0], [0, 0, 1, 1], seed=9)
     drawn = set()
-    for step in range(20):
-        _, old = old_rows(replace(state, step=jnp.int32(step)), batch, config)
+    for key in jax.random.split(KEY, 20):
+        _, old = old_rows(state, batch, config, key)
         rows = [
             int(np.flatnonzero((np.asarray(state.buffer["log_probs"]) == row).all(axis=1))[0])
             for row in np.asarray(old.log_probs)
@@ -566,6 +615,46 @@ RUNS = {
     replay: {"group_size": 2, "kl_loss_coef": 0.0},
     self_distill: {"top_k": 3},
 }
+
+
+def test_each_group_that_dynamic_sampling_draws_reaches_the_record_once(tmp_path):
+    """Half of the prompts are always or never answered right: their groups are replaced, or not
+    used. The record is that of all calls of the reward, without responses that did not end.
+    """
+    calls = []
+
+    def score(prompts, responses, letter, completion_ids):
+        numbers = np.array([ord(c) - ord("a") for c in letter])
+        odd = np.array([len(set(text)) % 2 for text in responses])
+        ends = [
+            ids[-1] == 1 or text[-1:] in stops
+            for ids, text in zip(completion_ids, responses, strict=True)
+        ]
+        calls.append((numbers, np.where(numbers < 8, numbers % 2, odd), np.array(ends)))
+        return calls[-1][1].tolist()
+
+    states, stops = [], ("a", "b", "c", "s", "y", " ")
+    config = with_rl(letters_run(tmp_path), batch_size=8, num_iterations=2, validation_interval=9)
+    training.rl.run(
+        with_rl(config, dynamic_sampling=2, mask_truncated=True, stop=stops),
+        curriculum,
+        curriculum.Config(group_size=2, kl_loss_coef=0.0),
+        reward=score,
+        on_step=lambda step, state, row, batch: states.append(jax.device_get(state.train)),
+    )
+    held_out = calls[0][0]  # of the first validation
+    drawn = [call for call in calls if not np.isin(call[0], held_out).any()]
+    assert len(drawn) > 3  # with rounds
+    record = np.full((16, 2), 0.5)
+    sampled = set()
+    for numbers, said, ended in drawn:
+        for n in np.unique(numbers[ended]):
+            own = said[(numbers == n) & ended]
+            record[n] = 0.7 * record[n] + [own.sum(), len(own) - own.sum()]
+            sampled.add(n)
+    assert 0.2 < np.mean(np.concatenate([ended for _, _, ended in drawn])) < 0.8
+    assert_allclose(np.stack([states[-1].alpha, states[-1].beta], axis=1), record, rtol=1e-5)
+    assert np.all(record[sorted(sampled)] != 0.5)
 
 
 @pytest.mark.slow

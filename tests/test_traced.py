@@ -17,9 +17,9 @@ from pathlib import Path
 import jax
 import pytest
 from builders import ROOT
+from page_commands import PAGES, commands
 from sentiment import SentimentConfig
 from shakespeare import ShakespeareConfig
-from test_docs import PAGES, commands
 
 from rlhf_jax import models
 from rlhf_jax.cli.planning import shapes

@@ -2,6 +2,10 @@
 update is one among these ids.
 """
 
+import importlib
+import inspect
+import itertools
+import pkgutil
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -25,8 +29,9 @@ from builders import (
 )
 from jax.tree_util import Partial
 from numpy.testing import assert_allclose, assert_array_equal
+from tabular import assert_close
 
-from rlhf_jax import losses, models, ops, rewards, rollout, sampling
+from rlhf_jax import algorithms, losses, models, ops, policies, rewards, rollout, sampling
 from rlhf_jax.algorithms import grpo, rloo
 from rlhf_jax.config import Compute, RLStage
 from rlhf_jax.data import chat, encoding
@@ -361,6 +366,142 @@ def test_the_turns_of_a_conversation_keep_their_support():
     assert_array_equal(made.support[said], expected)
     scored = jax.jit(partial(rollout.rescore, policy_fn=ops.policy_fn(bigrams)))(made, table)
     assert_allclose(scored.log_probs, made.log_probs, atol=1e-6)
+
+
+# --- Every algorithm: as if the policy gave what was not drawn from a probability of 0
+
+ALLOWED = np.random.default_rng(7).random((6, 6)) < 0.5  # by the token before
+ALLOWED[np.arange(6), (np.arange(6) + 1) % 6] = ALLOWED[np.arange(6), (np.arange(6) + 3) % 6] = True
+TAUGHT = np.float32(np.random.default_rng(8).normal(size=(6, 6)))
+
+
+def bag(allowed, measure=None):
+    """A policy of the token before and of all that are attended to, with values and a teacher. Ids
+    that are not allowed have a logit of -1e30.
+    """
+    identity = SimpleNamespace(unembed=lambda params, hidden: hidden)
+
+    def fn(params, tokens, mask, key, *, support=None, statistic=None, arrays=()):
+        seen = jnp.cumsum(params["context"][tokens] * (mask != 0)[..., None], axis=1)
+        excluded = jnp.where(jnp.asarray(allowed)[tokens], 0.0, -1e30)
+        logits = params["logits"][tokens] + seen + excluded
+        plain = ops.policy_fn(lambda params, *_: logits)
+        how = {"support": support, "statistic": statistic, "arrays": arrays}
+        output = plain(params, tokens, mask, key, **how)
+        output = output._replace(values=jnp.pad(params["values"][tokens[:, :-1]], ((0, 0), (1, 0))))
+        if measure is None:
+            return output
+        compared = partial(heads._compared, models.Teacher(identity, measure), None, 1.0)
+        drawn_among = None if support is None else support[:, 1:]
+        theirs = (jnp.asarray(TAUGHT)[tokens] + excluded)[:, :-1]
+        found = compared(logits[:, :-1], tokens[:, 1:], drawn_among, theirs)
+        return output._replace(**{k: jnp.pad(x, ((0, 0), (1, 0))) for k, x in found.items()})
+
+    return policies.Policy(fn, takes_statistic=True)
+
+
+def of_algorithms():
+    """{name: module} of those whose ``update`` takes a rollout."""
+    modules = {
+        name: importlib.import_module(f"rlhf_jax.algorithms.{name}")
+        for _, name, _ in pkgutil.iter_modules(algorithms.__path__)
+    }
+    return {
+        name: module
+        for name, module in modules.items()
+        if hasattr(module, "update") and "rollout" in inspect.signature(module.update).parameters
+    }
+
+
+UPDATES = of_algorithms()
+CONFIGS = {
+    "clip_cov": {"kind": "kl", "share": 0.3, "kl_cov_coef": 0.5},
+    "distill": {"divergence": "jsd"},
+    "gdpo": {"components": ("cost", "tone"), "weights": (1.0, 0.5)},
+    "nash_md": {"preference": "scores"},
+    "pass_at_k": {"k": 2},
+    "ppo": {"gae_lambda": 0.9, "entropy_coef": 0.1},
+    "self_distill": {"top_k": 2},
+    "vpg": {"entropy_coef": 0.1},
+    "xpo": {"alpha": 0.1},
+}
+
+
+def drawn_by_hand():
+    """Four prompts of two tokens with two responses each, of up to four tokens, one of them
+    missing; and what the algorithms read of a rollout.
+    """
+    rng = np.random.default_rng(11)
+    lengths = np.array([4, 2, 3, 4, 1, 4, 0, 3])
+    tokens = np.zeros((8, 6), np.int32)
+    tokens[:, :2] = np.repeat(rng.integers(0, 6, (4, 2)), 2, axis=0)
+    support = np.full((8, 6, 6), -1, np.int32)
+    for row, column in itertools.product(range(8), range(2, 6)):
+        ids = np.flatnonzero(ALLOWED[tokens[row, column - 1]])
+        tokens[row, column] = rng.choice(ids)
+        if column < 2 + lengths[row]:
+            support[row, column, : len(ids)] = rng.permutation(ids)
+    mask = (np.arange(6) >= 2) & (np.arange(6) < 2 + lengths[:, None])
+    told = tokens.copy()
+    told[:, 0] = (told[:, 0] + 2) % 6  # the last token of a prompt says what is allowed
+    attended = mask | (np.arange(6) < 2)
+    scores = np.float32([0.2, 1.0, 0.0, 0.7, 0.5, 0.1, 0.0, 0.9])
+    extras = {"cost": scores[::-1].copy(), "tone": scores**2, "teacher_tokens": np.float32(told)}
+    return Rollout(
+        *(tokens, attended.astype(np.int32), mask.astype(np.int32), np.zeros(mask.shape)),
+        row_ids=np.repeat(np.arange(4), 2),
+        scores=scores,
+        rewards=np.asarray(ops.at_end(scores, mask)),
+        extras=extras | {"teacher_mask": np.float32(attended)},
+        support=support,
+        truncated=True,
+    )
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_each_algorithm_learns_among_the_support_or_says_why_not(name):
+    """Loss, metrics and gradient of a rollout with its supports, and of one without them by a
+    policy that never draws what they leave out.
+    """
+    module = UPDATES[name]
+    settings = CONFIGS.get(name, {})
+    if module.Config(**settings).group_size > 2:
+        settings = settings | {"group_size": 2}
+    config = module.Config(**settings)
+    rng = np.random.default_rng(12)
+    shapes = {"logits": (6, 6), "context": (6, 6), "values": (6,)}
+    params, old, reference = (
+        {part: np.float32(rng.normal(size=shape)) for part, shape in shapes.items()}
+        for _ in range(3)
+    )
+    old = jax.tree.map(lambda x, y: x + 0.1 * y, params, old)
+    measure = getattr(config, "measure", None) if name == "distill" else None
+    among, excluding = bag(np.ones((6, 6), bool), measure), bag(ALLOWED, measure)
+    made = drawn_by_hand()
+    of_sampler, of_reference = (
+        np.where(made.mask, ops.evaluate(among, x, made).log_probs, 0) for x in (old, reference)
+    )
+    values = ops.evaluate(among, old, made).values
+    made = replace(made, log_probs=of_sampler, ref_log_probs=of_reference, values=values)
+    optimizer = optax.sgd(1.0)
+    sizes = {"rows": 8, "columns": 6, "prompts": 4}
+    create = getattr(module, "State", TrainState).create
+    own = {k: v for k, v in sizes.items() if k in inspect.signature(create).parameters}
+    state = create(params, optimizer, **own)
+
+    def updated(policy_fn, batch):
+        how = {"policy_fn": policy_fn, "optimizer": optimizer, "config": config}
+        after, metrics = jax.jit(partial(module.update, **how))(state, batch, KEY)
+        return jax.tree.map(np.subtract, params, after.params), metrics
+
+    if name == "replay":  # its buffer has none
+        with pytest.raises(UserError, match=r"replay has no supports: leave rl\.top_k"):
+            updated(among, made)
+        return
+    gradient, metrics = updated(among, made)
+    expected = updated(excluding, replace(made, support=None, truncated=False))
+    assert metrics["grad_norm"] > 1e-3
+    assert_close((gradient, metrics), expected, atol=2e-6, rtol=2e-5)
 
 
 # --- Runs

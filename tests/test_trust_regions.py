@@ -30,7 +30,7 @@ def rollout(**changes):
     return Rollout(*arrays, jnp.asarray(OLD, jnp.float32), advantages=advantages, **changes)
 
 
-def found(config, loss=None, key=None, **changes):
+def found(config, loss=None, key=None, new=NEW, **changes):
     """Value, gradient with respect to the log-probs, and metrics, of the package."""
     batch = rollout(**changes)
 
@@ -42,7 +42,7 @@ def found(config, loss=None, key=None, **changes):
         return sum(term.value for term in terms), {k: m.value for k, m in metrics.items()}
 
     of_log_probs = jax.jit(jax.value_and_grad(total, has_aux=True))
-    (value, metrics), gradient = of_log_probs(jnp.asarray(NEW, jnp.float32))
+    (value, metrics), gradient = of_log_probs(jnp.asarray(new, jnp.float32))
     return value, gradient, metrics
 
 
@@ -204,6 +204,18 @@ def test_kl_cov_holds_the_tokens_of_the_largest_covariances(share, number):
 
     check(result, loss)
     assert_allclose(result[2]["policy/chosen_fraction"], number / MASK.sum(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["clip", "kl"])
+def test_kl_cov_holds_no_token_that_did_not_move(kind):
+    """The KL of a policy from itself is 0, and so is its gradient."""
+    how = {"share": 1.0, **UNCLIPPED}
+    config = clip_cov.Config(kind=kind, kl_cov_coef=0.7, cov_low=np.inf, cov_high=np.inf, **how)
+    start = found(config, clip_cov.loss, jax.random.key(0), new=OLD)
+    plain = found(grpo.Config(**UNCLIPPED), new=OLD)
+    assert_array_equal(start[1], plain[1])
+    assert np.abs(plain[1]).max() > 0.1
+    assert start[2]["policy/chosen_fraction"] == (kind == "kl")
 
 
 # --- In the full run

@@ -241,6 +241,7 @@ def test_a_batch_of_nothing_and_one_that_is_not_finite_keep_the_state(name):
     nothing = batch.replace(response_mask=np.zeros_like(batch.response_mask))
     after, metrics = jitted(name)(start, nothing, KEY)
     assert_identical(after.replace(step=start.step), start)
+    assert metrics.pop("reward/equal_share", 1) == 1  # groups of missing rows teach nothing
     assert not any(np.asarray(x).any() for x in metrics.values())
     lost = jax.tree.map(lambda x: np.where(np.arange(5) == 0, np.nan, x.T).T, start.params)
     state = start.replace(params=jax.tree.map(np.float32, lost))

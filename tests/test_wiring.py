@@ -269,9 +269,12 @@ def test_validations_are_the_same_in_batches_of_any_size(config, tmp_path):
 
 
 def test_an_rl_program_is_compiled_for_its_number_of_blocks():
-    """Both samplers, the greedy one of ReMax's baseline too; nothing else."""
+    """Both samplers, the greedy one of ReMax's baseline too, and where an algorithm may ask the
+    policy which groups teach; nothing else.
+    """
     blocks = {name: of for name, of in vpg_run().blocks.items() if any(of)}
-    assert blocks == {"respond": [1, 1], "rescored": [1], "update_in_place": [1]}
+    of_updates = {"informative": [1], "update_in_place": [1, 0]}
+    assert blocks == {"respond": [1, 1], "rescored": [1]} | of_updates
 
 
 def four_layers(config, tmp_path, monkeypatch):

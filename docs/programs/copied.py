@@ -72,7 +72,7 @@ def only_maths(responses, answer, task):
 
 
 def only_code(responses, tests, task):
-    """The reward of another task: --reward copied.py:only_maths copied.py:only_code."""
+    """Another task: --reward 'copied.py:only_maths else 0' 'copied.py:only_code else 0'."""
     rows = zip(responses, tests, task, strict=True)
     return [run_tests(text, row) if kind == "code" else None for text, row, kind in rows]
 

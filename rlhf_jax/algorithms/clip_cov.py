@@ -57,7 +57,7 @@ def loss(
     left = replace(rollout, advantages=jnp.where(is_dropped, 0.0, advantages))
     value, metrics = policy.loss(output, left, config)
     metrics["policy/chosen_fraction"] = losses.aggregate(chosen, mask)
-    moved = jnp.abs(output.log_probs - rollout.log_probs)
+    moved = ops.absolute(output.log_probs - rollout.log_probs)
     kl = config.mean(jnp.where(chosen & ~is_dropped, moved, 0.0), mask)
     return (value, config.kl_cov_coef * kl), metrics
 

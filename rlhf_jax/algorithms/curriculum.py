@@ -44,6 +44,7 @@ def prepare(rollout: Rollout, *, state: spo.State, **how: Any) -> Rollout:
 
 State = spo.State
 choose = spo.choose
+observe = spo.advance  # of groups that dynamic sampling left out
 loss = grpo.loss
 update = policy.updater(prepare, loss, advance=spo.advance)
 """See ``policy.updater``. The rollout has ``row_ids`` too."""

@@ -39,9 +39,9 @@ class Config(grpo.Config):
 
 def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName = None) -> Rollout:
     """The rollout with ``advantages`` [B, T]: the weighted sum of ``advantages.group_normalized``
-    components, whitened over the rows of all devices. A row without a score of a component counts
-    nowhere in its group and gets 0 of it. Scores, and so penalties and a KL in the reward, are not
-    read.
+    components, whose mean is 0, divided by its standard deviation over the rows of all devices. A
+    row without a score of a component counts nowhere in its group and gets 0 of it. Scores, and so
+    penalties and a KL in the reward, are not read.
     """
     policy.check_unprepared(rollout)
     if not config.components:
@@ -56,8 +56,9 @@ def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName = None) -> 
         groups = jnp.where(mask, values, 0.0)
         normalized = advantages.group_normalized(groups, mask, eps=config.eps, scale=config.scale)
         total += weight * normalized.reshape(-1)
-    whitened = ops.whiten(total, rollout.present, axis_name=axis_name)
-    return policy.spread(whitened, rollout)
+    # Not whitened: less a rounded mean, groups of equal components would have advantages.
+    mean_square = ops.masked_mean(jnp.square(total), rollout.present, axis_name=axis_name)
+    return policy.spread(total * ops.inverse_deviation(mean_square, 0.0), rollout)
 
 
 loss = grpo.loss

@@ -5,13 +5,13 @@ Of the answers to a prompt the best is chosen and the worst rejected; a prompt w
 equal counts nowhere.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import ops, types
+from rlhf_jax import advantages, ops, types
 from rlhf_jax.algorithms import dpo, policy
 
 State, needs_values, kl_coef = types.TrainState, False, 0.0
@@ -53,21 +53,23 @@ def in_pairs(sample: Any, prompts: Any, key: Any, *, policy: Any, other: Any, mo
 
 
 def prepare(rollout: types.Rollout, *, config: Config, axis_name: Any = None) -> types.Rollout:
-    """The rollout as it is: the loss reads its rewards (``policy.row_rewards``)."""
-    policy.check_unprepared(rollout)
-    return rollout
+    """The rollout with ``advantages`` [B, T], which the loss compares: ``policy.row_rewards`` less
+    the mean of the group's others. 0 where they are equal.
+    """
+    of_rows = replace(rollout, dense=False)
+    return policy.with_group_advantages(of_rows, config.group_size, advantages.leave_one_out)
 
 
 def pair_loss(output: types.PolicyOutput, rollout: types.Rollout, config: Config) -> Any:
-    """``dpo.pair_loss`` of the best and the worst answer to each prompt; rows of one prompt are
-    adjacent. ``output`` is the policy's on the rollout, which has ``ref_log_probs``.
+    """``dpo.pair_loss`` of the best and the worst answer to each prompt of a prepared rollout; rows
+    of one prompt are adjacent. ``output`` is the policy's on the rollout, which has
+    ``ref_log_probs``.
     """
     groups = (-1, config.group_size)
-    scores = policy.row_rewards(rollout)
-    present = rollout.present.reshape(groups)
-    best = jnp.argmax(jnp.where(present, scores.reshape(groups), -jnp.inf), axis=1)
-    worst = jnp.argmin(jnp.where(present, scores.reshape(groups), jnp.inf), axis=1)
-    order = jnp.stack([best, worst], axis=1)
+    scores, mask = policy.field(rollout, "advantages", "call prepare first"), rollout.mask
+    upper = jnp.max(jnp.where(mask, scores, -jnp.inf), axis=1).reshape(groups)
+    lower = jnp.min(jnp.where(mask, scores, jnp.inf), axis=1).reshape(groups)
+    order = jnp.stack([jnp.argmax(upper, axis=1), jnp.argmin(lower, axis=1)], axis=1)
 
     def picked(x: Any) -> Any:
         in_groups = x.reshape(*groups, *x.shape[1:])
@@ -78,7 +80,7 @@ def pair_loss(output: types.PolicyOutput, rollout: types.Rollout, config: Config
         picked(rollout.tokens),
         picked(rollout.attention_mask),
         picked(rollout.response_mask),
-        weight=ops.float32(picked(scores)[:, 0] > picked(scores)[:, 1]),
+        weight=ops.float32(jnp.max(upper, axis=1) > jnp.min(lower, axis=1)),
         ref_log_probs=picked(ops.response_sums(reference, rollout)),
     )
     log_probs = picked(ops.response_sums(output.log_probs, rollout))

@@ -12,7 +12,7 @@ from jax import Array
 
 from rlhf_jax import advantages, ops
 from rlhf_jax.algorithms import grpo, policy
-from rlhf_jax.types import Metrics, Params, PolicyFn, Rollout
+from rlhf_jax.types import PolicyFn, Rollout
 
 
 @dataclass(frozen=True)
@@ -27,19 +27,23 @@ class Config(policy.Config):
         ops.check_numbers(self, "group_size", at_least=2)
 
 
-def sum_squares(logits: Array) -> Array:
-    """``sum_v p_v^2`` [...] of the softmax p of logits [..., V]."""
+def sum_squares(logits: Array, *support: Array) -> Array:
+    """``sum_v p_v^2`` [...] of the softmax p of logits [..., V], or of those in a support."""
+    logits = ops.among(logits, *support)
     return jnp.exp(jax.nn.logsumexp(2 * logits, -1) - 2 * jax.nn.logsumexp(logits, -1))
 
 
-def prepare(rollout: Rollout, params: Params, *, policy_fn: PolicyFn, config: Config) -> Rollout:
+def prepare(
+    rollout: Rollout, *, state: Any, policy_fn: PolicyFn, config: Config, axis_name: Any = None
+) -> Rollout:
     """The rollout with ``advantages`` [B, T], ``R_it - b_t`` of its ``rewards``, by a pass of the
     policy that sampled, of as many rows at once as in a step."""
     policy.check_unprepared(rollout)
     mask = rollout.mask
     rows = len(mask) // (config.num_minibatches * config.num_microbatches)
     by_rows = ops.by_rows(policy_fn, rows, group_size=rollout.group_size)
-    output = ops.evaluate(by_rows, params, rollout, statistic=sum_squares)
+    asked: Any = {"statistic": sum_squares, "arrays": [rollout.support]}
+    output = ops.evaluate(by_rows, state.params, rollout, **asked)
     energy = ops.masked(1.0 - 2.0 * jnp.exp(output.log_probs) + output.statistic, mask)
     to_go = advantages.discounted_returns(policy.field(rollout, "rewards"), mask)
     present = mask.reshape(-1, config.group_size, mask.shape[1])
@@ -52,12 +56,6 @@ def prepare(rollout: Rollout, params: Params, *, policy_fn: PolicyFn, config: Co
     return replace(rollout, advantages=estimated)
 
 
-_passes = policy.updater(lambda rollout, **_: rollout, grpo.loss)
-
-
-def update(
-    state: Any, rollout: Rollout, key: Array, *, policy_fn: PolicyFn, config: Config, **how: Any
-) -> tuple[Any, Metrics]:
-    """``prepare``, then the passes of ``policy.updater``."""
-    rollout = prepare(rollout, state.params, policy_fn=policy_fn, config=config)
-    return _passes(state, rollout, key, policy_fn=policy_fn, config=config, **how)
+loss = grpo.loss
+update = policy.updater(prepare, loss)
+"""See ``policy.updater``. The rollout has ``log_probs`` and ``rewards``."""

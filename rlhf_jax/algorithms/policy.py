@@ -5,7 +5,8 @@ Column t of every [B, T] array belongs to ``tokens[:, t]``; a row with an empty 
 nowhere.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NoReturn, TypeVar
@@ -392,6 +393,23 @@ def extra(rollout: Rollout, name: str) -> Array:
     return ops.float32(given[name])
 
 
+def wanted(function: Callable[..., Any], offered: Mapping[str, Any]) -> dict[str, Any]:
+    """What is offered under the name of a parameter of the function."""
+    parameters = inspect.signature(function).parameters
+    return {name: value for name, value in offered.items() if name in parameters}
+
+
+def informative_groups(rollout: Rollout, prepared: Rollout, config: Any) -> Array:
+    """[groups] of a rollout: whether a present row has an advantage other than 0 when it is
+    prepared. Where there are no advantages, or a teacher teaches too, whether a row is present.
+    """
+    teaches = prepared.mask
+    if prepared.advantages is not None and not config.needs_teacher:
+        teaches &= prepared.advantages.reshape(len(teaches), -1) != 0  # NaN too
+    of_rows = jnp.any(teaches, axis=1)[: len(rollout.tokens)]  # ``prepare`` may add rows
+    return jnp.any(of_rows.reshape(-1, config.group_size), axis=1)
+
+
 def updater(
     prepare: Callable[..., Rollout],
     loss: LossFn,
@@ -404,7 +422,8 @@ def updater(
     ``num_epochs`` passes of ``num_minibatches`` optimizer steps on its ``loss``.
 
     Its metrics are those of ``loss`` with ``loss``, ``grad_norm`` and ``nonfinite``, averaged over
-    the steps (``ratio_max``, ``nonfinite``: the maximum), and ``rollout_metrics``. Its config is a
+    the steps (``ratio_max``, ``nonfinite``: the maximum), ``rollout_metrics`` and, if advantages
+    are all that it learns from, ``reward/equal_share`` of ``informative_groups``. Its config is a
     ``Batching``, or any frozen dataclass; what it leaves out is that of ``types.AlgorithmConfig``.
     A rollout that it would misread is a ValueError, see ``check``.
 
@@ -412,8 +431,8 @@ def updater(
       prepare, loss: as in ``types.Algorithm``.
       rollout_metrics: ``(prepared rollout, config, axis_name) -> metrics``.
       advance: ``(state, prepared rollout, *, config, axis_name) -> state``, of an algorithm with a
-        ``State`` of its own: changes what is its own in it after the passes. ``prepare`` then gets
-        the keyword ``state``, the one before them. A step that is not finite keeps the old values.
+        ``State`` of its own: changes what is its own in it after the passes. A step that is not
+        finite keeps the old values.
       differentiable: gradients flow through the whole update: advantages, returns, old values and
         importance weights are otherwise constants. A loss with weights that stay constants, a
         surrogate with weights or a KL term, is a ValueError then.
@@ -434,7 +453,8 @@ def updater(
         ``loss``; see ``policy.updater``."""
         complete(config)
         check(rollout, config)
-        own: Any = {} if advance is None else {"state": state}
+        own_key = jax.random.fold_in(key, 2 * config.num_epochs)  # behind those of the passes
+        own = wanted(prepare, {"state": state, "key": own_key, "policy_fn": policy_fn})
         prepared = prepare(rollout, config=config, axis_name=axis_name, **own)
         bound: LossFn = partial(loss, policy_fn=policy_fn, config=config)
         if differentiable:
@@ -480,6 +500,10 @@ def updater(
         if advance is not None:
             advanced = advance(state, prepared, config=config, axis_name=axis_name)
             state = jax.tree.map(partial(jnp.where, metrics["nonfinite"] == 0), advanced, state)
+        if prepared.advantages is not None and not config.needs_teacher:
+            equal = ~informative_groups(rollout, prepared, config)
+            share = ops.masked_mean(equal, jnp.ones_like(equal), axis_name=axis_name)
+            metrics["reward/equal_share"] = share
         return state, {**metrics, **rollout_metrics(prepared, config, axis_name)}
 
     return update_policy

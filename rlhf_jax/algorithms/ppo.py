@@ -10,7 +10,6 @@ import math
 from dataclasses import dataclass, replace
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 
 from rlhf_jax import advantages, losses, ops
@@ -99,11 +98,12 @@ def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName = None) -> 
         monte_carlo = advantages.discounted_returns(rewards, mask, config.gamma)
         differences, mean = ops.centred(monte_carlo, mask, axis_name=axis_name)
         variance = ops.masked_mean(jnp.square(differences), mask, axis_name=axis_name)
-        values = ops.masked(mean + jnp.sqrt(variance) * ops.float32(values), mask)
+        inverse = ops.inverse_deviation(variance, mean)
+        values = ops.masked(mean + variance * inverse * ops.float32(values), mask)
         advantage, returns = monte_carlo - values, monte_carlo
         if not _is_monte_carlo(config):
             advantage, returns = gae(rewards, values, mask)
-        returns = ops.masked((returns - mean) * jax.lax.rsqrt(variance + 1e-8), mask)
+        returns = ops.masked((returns - mean) * inverse, mask)
     else:
         advantage, returns = gae(rewards, values, mask)
     if config.length_adaptive is not None:
@@ -159,7 +159,8 @@ def loss(
 
 def explained_variance(rollout: Rollout, config: Config, axis_name: AxisName) -> Metrics:
     """``value/explained_variance`` of a prepared rollout's own values, ``1 - var(G - values) /
-    var(G)`` over response tokens; 0 where G does not vary.
+    var(G)`` over response tokens; 0 where G does not vary. And ``value/return_variance``, var(G) in
+    the unit of ``value/loss``.
 
     G is the Monte-Carlo return, the discounted sum of the rewards from the token on. It does not
     contain the values, as the lambda-return does, which is why a value function of noise is below
@@ -178,7 +179,7 @@ def explained_variance(rollout: Rollout, config: Config, axis_name: AxisName) ->
     # Returns that differ only by rounding (float32: 1e-7 of the values, squared) do not vary.
     varies = var_returns > 1e-12 * var_errors
     share = jnp.where(varies, 1.0 - var_errors / jnp.where(varies, var_returns, 1.0), 0.0)
-    return {"value/explained_variance": share}
+    return {"value/explained_variance": share, "value/return_variance": var_returns}
 
 
 update = policy.updater(prepare, loss, explained_variance)

@@ -18,6 +18,7 @@ from jax import Array
 
 from rlhf_jax import losses
 from rlhf_jax.algorithms import grpo, policy
+from rlhf_jax.errors import UserError
 from rlhf_jax.types import AxisName, Params, Rollout, TrainState
 
 KEPT = 4  # rollouts
@@ -53,15 +54,15 @@ class State(TrainState):
 
 
 def prepare(
-    rollout: Rollout, *, state: State, config: Config, axis_name: AxisName = None
+    rollout: Rollout, *, state: State, key: Array, config: Config, axis_name: AxisName = None
 ) -> Rollout:
     """The rows of ``grpo.prepare``, then as many of the buffer. ``axis_name`` is None."""
+    if rollout.support is not None:
+        raise UserError("replay has no supports: leave rl.top_k, top_p, min_p, min_new_tokens out")
     new = grpo.prepare(rollout, config=config)
     rows, columns = new.tokens.shape
     wider = state.buffer["tokens"].shape[1] - columns  # a batch is as wide as its prompts
     size = config.group_size
-    # Of the new rows, so that runs of other seeds draw others.
-    key = jax.random.fold_in(jax.random.key(state.step), jnp.sum(new.tokens.astype(jnp.uint32)))
     groups = jax.random.choice(key, KEPT * rows // size, (rows // size,), replace=False)
     drawn = jnp.ravel(groups[:, None] * size + jnp.arange(size)[None])
     both: dict[str, Any] = {}

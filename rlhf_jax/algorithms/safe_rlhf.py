@@ -44,6 +44,11 @@ class Config(rloo.Config):
         """The cost, one of each row."""
         return {self.cost: "row"}
 
+    @property
+    def unrewarded(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The cost."""
+        return (self.cost,)
+
 
 @flax.struct.dataclass
 class State(TrainState):
@@ -63,8 +68,9 @@ def prepare(rollout: Rollout, *, state: State, config: Config, **how: Any) -> Ro
 
 
 def _advance(state: State, prepared: Rollout, *, config: Config, axis_name: AxisName) -> State:
-    cost = ops.masked_mean(policy.extra(prepared, config.cost), prepared.present, None, axis_name)
-    step = config.multiplier_rate * jnp.exp(state.log_multiplier) * (cost - config.limit)
+    above = policy.extra(prepared, config.cost) - config.limit
+    mean = ops.masked_mean(above, prepared.present, None, axis_name)  # 0 without any cost
+    step = config.multiplier_rate * jnp.exp(state.log_multiplier) * mean
     most = jnp.log(config.multiplier_max)
     return replace(state, log_multiplier=jnp.minimum(state.log_multiplier + step, most))
 

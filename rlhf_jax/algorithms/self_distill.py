@@ -17,7 +17,7 @@ from jax import Array
 
 from rlhf_jax import losses, ops
 from rlhf_jax.algorithms import policy
-from rlhf_jax.types import DropoutKey, LossAndMetrics, Params, PolicyFn, Rollout
+from rlhf_jax.types import AxisName, DropoutKey, LossAndMetrics, Params, PolicyFn, Rollout
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,16 @@ class Config(policy.Batching):
     extras = MappingProxyType({"teacher_tokens": "token", "teacher_mask": "token"})
 
 
-def likeliest(logits: Array, *, top_k: int) -> tuple[Array, Array]:
-    """[..., K] ids, and [..., K + 1] their log-probs and that of all others."""
+def likeliest(logits: Array, *support: Array, top_k: int) -> tuple[Array, Array]:
+    """[..., K] ids, or places in a support, and [..., K + 1] their log-probs and the others'."""
+    logits = ops.among(logits, *support)
     _, ids = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))
     return ids, at_ids(logits, ids)
 
 
-def at_ids(logits: Array, ids: Array) -> Array:
+def at_ids(logits: Array, ids: Array, *support: Array) -> Array:
     """[..., K + 1] the log-probs of the ids [..., K], and that of all others."""
+    logits = ops.among(logits, *support)
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), ids, axis=-1)
     together = jnp.minimum(jax.nn.logsumexp(chosen, axis=-1, keepdims=True), -1e-7)
     return jnp.concatenate([chosen, jnp.log(-jnp.expm1(together))], axis=-1)
@@ -55,9 +57,10 @@ def loss(
         rollout, tokens=tokens, attention_mask=policy.extra(rollout, "teacher_mask") != 0
     )
     top = partial(likeliest, top_k=config.top_k)
-    teacher = ops.evaluate(policy_fn, params, told, statistic=top)
+    support = rollout.support
+    teacher = ops.evaluate(policy_fn, params, told, statistic=top, arrays=(support,))
     ids, theirs = teacher.statistic
-    output = ops.evaluate(policy_fn, params, rollout, statistic=at_ids, arrays=(ids,))
+    output = ops.evaluate(policy_fn, params, rollout, statistic=at_ids, arrays=(ids, support))
     # A softmax changes no log-probs that add up to 1, and the teacher's are a constant there.
     divergence = ops.masked(
         losses.divergence(output.statistic, teacher_logits=theirs), rollout.mask
@@ -67,5 +70,10 @@ def loss(
     return config.mean(per_token, rollout.mask), metrics
 
 
-update = policy.updater(lambda rollout, *, config, axis_name: rollout, loss)
+def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName = None) -> Rollout:
+    """The rollout as it is."""
+    return rollout
+
+
+update = policy.updater(prepare, loss)
 """See ``policy.updater``. Scores are not read."""

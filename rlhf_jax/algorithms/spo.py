@@ -65,12 +65,12 @@ def prepare(rollout: Rollout, *, state: State, config: Config, axis_name: AxisNa
     return policy.spread(ops.whiten(gaps, rollout.present, axis_name=axis_name), rollout)
 
 
-def advance(state: State, prepared: Rollout, *, config: Config, axis_name: AxisName) -> State:
+def advance(state: State, prepared: Rollout, *, config: Config, axis_name: Any = None) -> State:
     """The state with the record of the prompts that were answered."""
     reward = policy.outcomes(prepared)
     counted = ops.masked(jnp.stack([reward, 1.0 - reward], axis=1), prepared.present[:, None])
     rows = policy.field(prepared, "row_ids", NUMBERS, ndim=1)
-    sums = jnp.zeros((len(state.alpha), 2)).at[rows].add(counted)
+    sums = jnp.zeros((len(state.alpha), 2)).at[rows].add(jnp.nan_to_num(counted))
     right, wrong = ops.psum(sums, axis_name).T
     is_answered = right + wrong > 0
     rho = jnp.clip(jnp.exp2((state.seen - state.moved) / config.half_life), *config.rho)

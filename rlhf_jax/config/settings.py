@@ -500,9 +500,9 @@ class RLStage(Reference):
     """Responses to each prompt of a validation; its metrics are means over all of them. Several
     have best@k, pass@k and maj@k too."""
     dynamic_sampling: CountOrZero = 0
-    """At most so many times in an iteration, groups whose answers all have one score are replaced
-    by groups of new prompts; such groups that are left then stay in the batch. The scores are those
-    before score_clip and penalties. 0: never."""
+    """At most so many times in an iteration, groups that teach nothing, whose answers all have one
+    score for example, are replaced by groups of new prompts; such groups that are left then stay in
+    the batch. A KL penalty in the reward does not count. 0: never."""
     mask_truncated: bool = False
     """Leave responses that did not end out of the loss and of the statistics of their group."""
     overlong_buffer: Count | None = None
@@ -756,7 +756,7 @@ class RunConfig(Section):
     """Reward models' folders (or Hugging Face names), or those of their runs, several as mean:A,B,
     min:A,B or uncertainty:A,B, FILE.py:FUNCTION, count:TEXT, length, repetition, diversity,
     regex:PATTERN, math, gym:TASK, http://HOST/PATH, judge:RUBRIC.yaml; SPEC*WEIGHT weighs one
-    of a sum."""
+    of a sum, and `else NUMBER` behind it is its score where it has none."""
     output_dir: str | None = None
     """The run's folder; null: runs/STAGE."""
     seed: CountOrZero = 0

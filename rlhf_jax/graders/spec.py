@@ -1,6 +1,8 @@
 """The reward of a run, from the entries of ``--reward``.
 
-Each entry is ``SPEC`` or ``SPEC*WEIGHT``; several are summed. A SPEC is
+Each entry is ``SPEC`` or ``SPEC*WEIGHT``; several are summed. Behind it ``else NUMBER`` says what
+the score of a response is that the SPEC cannot score; without it such a response is unscored. A
+SPEC is
 
 - a reward model's folder or Hugging Face name; if its tokenizer is not the policy's, it reads the
   texts in its own chat template,
@@ -42,7 +44,7 @@ import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from types import CodeType, ModuleType
+from types import CodeType, MappingProxyType, ModuleType
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import jax
@@ -89,7 +91,7 @@ from rlhf_jax.types import Params, RewardFn, Rollout, ScoreFn
 
 _PAIRS = "pairs:"
 _NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
-_WEIGHTED = re.compile(rf"(.+)\*([-+]?{_NUMBER})")
+_ENTRY = re.compile(rf"(?s)\A(.*?)(?:\*([-+]?{_NUMBER}))?(?: +else +([-+]?{_NUMBER}))?\Z")
 _METHODS = get_args(EnsembleMethod)
 _ENSEMBLE = re.compile(rf"({'|'.join(_METHODS)}):(?:(?<=uncertainty:)({_NUMBER}):)?")
 
@@ -109,6 +111,11 @@ class Reward(NamedTuple):
     is_pairs: bool = False  # whether responses are compared, at validations with the first policy's
     # of each part that an alert watches, {name of the part: a response of the last batch}
     examples: tuple[Mapping[str, str], ...] = ()
+    weights: Mapping[str, float] = MappingProxyType({})  # of its entries, by their names
+
+
+Part = tuple[Reward, float, float | None]
+"""A reward of a sum, its weight, and what its absence is worth, if it says so."""
 
 
 class RewardModel(NamedTuple):
@@ -214,20 +221,19 @@ def build_reward(
             f"regex:PATTERN, math, gym:TASK, count:TEXT, {', '.join(_TERMS)}, as in {flag} count:e"
         )
     reader = _Reader(tokenizer, load, columns, services or Services(), mathematics)
-    rewards: dict[str, Reward] = {}
-    weights = {}
+    parts: dict[str, Part] = {}
     for entry in entries:
-        spec, weight = _split_weight(entry)
+        spec, weight, instead = _split(entry)
         name, reward = reader.read(spec, f"{flag} {spec}")
-        if name in rewards:
+        if name in parts:
             raise UserError(f"{flag} {entry}: another part is called {name} too; rename one")
-        rewards[name] = reward
-        weights[name] = weight
-    fns = {name: (reward.fn, weights[name]) for name, reward in rewards.items() if reward.fn}
-    if len(fns) < len(rewards):
-        return _sum_on_host(rewards, weights)
+        parts[name] = (reward, weight, instead)
+    weights = {name: weight for name, (_, weight, _) in parts.items()}
+    fns = {name: (part[0].fn, weights[name]) for name, part in parts.items() if part[0].fn}
+    if len(fns) < len(parts):
+        return _sum_on_host(parts)._replace(weights=weights)
     (fn, weight), *others = fns.values()
-    return Reward(fn=weighted(fns) if others or weight != 1 else fn)
+    return Reward(fn=weighted(fns) if others or weight != 1 else fn, weights=weights)
 
 
 def named(
@@ -236,8 +242,7 @@ def named(
     """What an entry names outside this program, found without a look at the disk: a Python file, a
     URL, the models whose scores it is, or other places.
     """
-    match = _WEIGHTED.fullmatch(entry)
-    spec = match[1] if match else entry
+    [(spec, _, _)] = _ENTRY.findall(entry)
     of_pair = spec.removeprefix(_PAIRS)
     kind, _, rest = of_pair.partition(":")
     file, _, _ = of_pair.rpartition(":")
@@ -262,7 +267,7 @@ def sources(entry: str) -> dict[str, Path]:
 
 def verified(entries: Sequence[str]) -> tuple[bool, list[str]]:
     """Whether the entries have ``math``, and their regular expressions."""
-    specs = [_split_weight(entry)[0] for entry in entries]
+    specs = [_split(entry)[0] for entry in entries]
     patterns = [spec.removeprefix("regex:") for spec in specs if spec.startswith("regex:")]
     return "math" in specs, patterns
 
@@ -283,49 +288,53 @@ def as_host(reward: Reward) -> HostReward:
     return lambda rollout, columns: jax.device_get(on_devices(reward.fn, rollout))
 
 
-def _sum_on_host(rewards: dict[str, Reward], weights: dict[str, float]) -> Reward:
-    """As ``weighted``. The sum of a row has the rewards that can score it; a row that none can
-    score is unscored.
+def _sum_on_host(parts: dict[str, Part]) -> Reward:
+    """As ``weighted``. A row that a part with a weight cannot score, and that does not say what its
+    absence is worth, is unscored.
     """
-    hosts = {name: as_host(reward) for name, reward in rewards.items()}
-    counts = [reward.take_unparsed for reward in rewards.values() if reward.take_unparsed]
+    rewards = [reward for reward, _, _ in parts.values()]
+    hosts = {name: as_host(reward) for name, (reward, _, _) in parts.items()}
+    counts = [reward.take_unparsed for reward in rewards if reward.take_unparsed]
 
     def score(rollout: Rollout, columns: Columns) -> HostScores:
-        of_rewards: dict[str, list[Score]] = {}
+        of_parts: dict[str, list[Score]] = {}
         components: dict[str, list[Score]] = {}
-        for name, host in hosts.items():
-            scored = row_scores(host, rollout, columns, f"the reward {name}")
-            of_rewards[name] = scored.scores
+        for name, (_, weight, instead) in parts.items():
+            scored = row_scores(hosts[name], rollout, columns, f"the reward {name}")
             components[name] = list(map(row_score, scored.scores))
             components |= {f"{name}/{part}": v for part, v in scored.components.items()}
+            worth = instead if weight else 0.0
+            of_parts[name] = [
+                x if worth is None or not isinstance(x, Unscored) else worth for x in scored.scores
+            ]
         sums: list[Score] = []
         for row, mask in enumerate(rollout.mask):
-            said = {name: scores[row] for name, scores in of_rewards.items()}
-            given = [(weights[n], x) for n, x in said.items() if not isinstance(x, Unscored)]
+            said = {name: scores[row] for name, scores in of_parts.items()}
+            missing = {name: x.reason for name, x in said.items() if isinstance(x, Unscored)}
+            given = [(parts[n][1], x) for n, x in said.items() if not isinstance(x, Unscored)]
             is_dense = any(isinstance(x, np.ndarray) for _, x in given)
-            if given:
-                sums.append(sum(w * (at_tokens(x, mask) if is_dense else x) for w, x in given))
+            if missing:
+                reasons = [f"{name}: {reason}" for name, reason in missing.items()]
+                sums.append(Unscored("; ".join(reasons), tuple(missing)))
             else:
-                reasons = dict.fromkeys(x.reason for x in said.values() if isinstance(x, Unscored))
-                sums.append(Unscored("; ".join(reasons)))
+                sums.append(sum(w * (at_tokens(x, mask) if is_dense else x) for w, x in given))
         return sums, components
 
     return Reward(
         host=score,
         take_unparsed=(lambda: sum(count() for count in counts)) if counts else None,
-        examples=tuple(part for reward in rewards.values() for part in reward.examples),
-        is_pairs=any(reward.is_pairs for reward in rewards.values()),
+        examples=tuple(part for reward in rewards for part in reward.examples),
+        is_pairs=any(reward.is_pairs for reward in rewards),
     )
 
 
-def _split_weight(entry: str) -> tuple[str, float]:
-    """SPEC, with ``model/`` in place of a run's folder, and WEIGHT."""
-    match = _WEIGHTED.fullmatch(entry)
-    spec = match[1] if match else entry
+def _split(entry: str) -> tuple[str, float, float | None]:
+    """SPEC, with ``model/`` in place of a run's folder, WEIGHT, and NUMBER or None."""
+    [(spec, weight, instead)] = _ENTRY.findall(entry)
     pairs = _PAIRS if spec.startswith(_PAIRS) else ""
     method, names = _split_method(spec.removeprefix(pairs))
     spec = pairs + method + ",".join(map(model_folder, names))
-    return spec, float(match[2]) if match else 1.0
+    return spec, float(weight or 1.0), float(instead) if instead else None
 
 
 def _split_method(spec: str) -> tuple[str, list[str]]:

@@ -29,6 +29,7 @@ class Unscored(NamedTuple):
     """
 
     reason: str
+    parts: tuple[str, ...] = ()  # of a sum, which have no score
 
 
 Score = float | np.ndarray | Unscored
@@ -72,11 +73,8 @@ class RowScores(NamedTuple):
 
     def reasons(self) -> list[str | None]:
         """[B] why each row with a response has no score; None: it has one, or no response."""
-        reasons: list[str | None] = []
-        for score in self.scores:
-            reason = score.reason if isinstance(score, Unscored) else None
-            reasons.append(None if score is MISSING else reason)
-        return reasons
+        faults = (x if isinstance(x, Unscored) else MISSING for x in self.scores)
+        return [None if fault is MISSING else fault.reason for fault in faults]
 
 
 def _filled(scores: Sequence[Score], instead: float, mask: np.ndarray) -> np.ndarray:

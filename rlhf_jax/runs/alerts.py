@@ -238,9 +238,8 @@ def _degenerate_text(share: np.ndarray) -> str:
 
 
 def _nothing_to_learn(share: np.ndarray, norm: np.ndarray) -> str:
-    if share[-1] == 1:
-        return "reward/equal_share is 1: the rewards of every group are equal"
-    return _beyond("grad_norm", norm[-1], "<", 1e-8)
+    still = _beyond("grad_norm", norm[-1], "<", 1e-8)
+    return f"{still}, reward/equal_share 1" if still and share[-1] == 1 else still
 
 
 def _nothing_learned(score: np.ndarray, kl: np.ndarray) -> str:
@@ -267,12 +266,12 @@ def _nothing_moved(moved: np.ndarray, step: np.ndarray, planned: np.ndarray) -> 
     return is_near and f"{is_near} {when}: {remedy}"
 
 
-def _value_loss_explosion(loss: np.ndarray, score: np.ndarray) -> str:
+def _value_loss_explosion(loss: np.ndarray, variance: np.ndarray) -> str:
     if len(loss) < 6:
         return ""
-    # The loss of a value function that predicts one number is the variance of the returns, which a
-    # reward that was rare at first makes larger too.
-    limit = 20 * loss[:5].mean() + 5 * np.ptp(score) ** 2
+    # The loss of a value function that predicts one number is half the variance of the returns,
+    # which grows if a reward was rare at first.
+    limit = 10 * max(loss[:5].mean(), variance.max() / 2)
     return _beyond("mean 5 of value/loss", loss[-5:].mean(), ">", limit)
 
 
@@ -348,7 +347,7 @@ _TEXTS = {
 }
 _RULES = (
     *(_rule(text, {})._replace(name=name) for name, text in _TEXTS.items()),
-    Rule("value-loss explosion", ("value/loss", "objective/score"), _value_loss_explosion),
+    Rule("value-loss explosion", ("value/loss", "value/return_variance"), _value_loss_explosion),
     Rule("reward collapse", ("objective/score",), _reward_collapse),
     Rule("degenerate text", ("response/repetition",), _degenerate_text, rows=3),
     Rule("nothing to learn", ("reward/equal_share", "grad_norm"), _nothing_to_learn, rows=5),

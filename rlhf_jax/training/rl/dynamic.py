@@ -1,12 +1,15 @@
-"""Dynamic sampling (Yu et al. 2025, DAPO, arXiv 2503.14476, section 3.2): groups whose scores are
-equal, which teach nothing, are replaced by groups of other prompts.
+"""Dynamic sampling (Yu et al. 2025, DAPO, arXiv 2503.14476, section 3.2): groups that teach
+nothing, such as those of equal scores, are replaced by groups of other prompts.
 """
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
+import numpy as np
 
+from rlhf_jax.iteration import LoopState
+from rlhf_jax.runs import processes
 from rlhf_jax.types import Metrics, Rollout
 
 if TYPE_CHECKING:
@@ -14,22 +17,34 @@ if TYPE_CHECKING:
 
 
 def replace_uninformative(
-    job: "Job", rollout: Rollout, fresh: Iterator[Rollout]
-) -> tuple[Rollout, Metrics]:
-    """The rollout, whose groups of equal scores are replaced by groups of fresh rollouts while
-    there are any; and metrics of how often.
+    job: "Job",
+    state: LoopState,
+    rollout: Rollout,
+    fresh: Iterator[Rollout],
+    arguments: Callable[[Rollout], tuple[Any, ...]],
+) -> tuple[Rollout, Metrics, list[Rollout]]:
+    """The rollout, whose groups that teach nothing are replaced by groups of fresh rollouts while
+    there are any; metrics of how often; and for an algorithm that observes them all other groups.
 
     Each round draws a whole batch, so that nothing is compiled anew. The metrics of scores and
     responses are those of the first draw: of the policy, not of the groups that were chosen.
+
+    arguments: of the update with a rollout.
     """
-    left = float(job.programs.num_equal(rollout))
-    equal = [left]
-    while left and (offered := next(fresh, None)) is not None:
-        equal.append(float(job.programs.num_equal(offered)))
-        rollout = job.programs.refill(rollout, fresh=offered)
-        left = float(job.programs.num_equal(rollout))
-    share = sum(equal) / (len(equal) * job.schedule.num_prompts)
-    return rollout, {
-        "sampling/rounds": jnp.float32(len(equal) - 1),
-        "sampling/uninformative": jnp.float32(share),
-    }
+
+    def informative(rollout: Rollout) -> np.ndarray:
+        found = job.programs.informative(state, *arguments(rollout))
+        return np.asarray(processes.fetch(found))
+
+    wanting = ~informative(rollout)
+    shares = [np.mean(wanting)]
+    unread = []
+    while wanting.any() and (drawn := next(fresh, None)) is not None:
+        offered = informative(drawn)
+        shares.append(np.mean(~offered))
+        rollout, rest = job.programs.refill(rollout, fresh=drawn, wanting=wanting, offered=offered)
+        if job.method.algorithm.observe is not None:
+            unread.append(rest)
+        wanting[np.flatnonzero(wanting)[: offered.sum()]] = False
+    rounds, share = jnp.float32(len(shares) - 1), jnp.float32(np.mean(shares))
+    return rollout, {"sampling/rounds": rounds, "sampling/uninformative": share}, unread

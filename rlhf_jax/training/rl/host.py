@@ -14,7 +14,7 @@ from rlhf_jax import iteration
 from rlhf_jax.data import batches
 from rlhf_jax.errors import TrainingFault, logger
 from rlhf_jax.graders import spec
-from rlhf_jax.rewards.host import row_scores, with_scores
+from rlhf_jax.rewards.host import Unscored, row_scores, with_scores
 from rlhf_jax.runs import processes
 from rlhf_jax.training.common.layout import Layout
 from rlhf_jax.training.rl.inputs import Guarded
@@ -47,18 +47,21 @@ def score_on_host(
     own_rollout: Any = processes.own_rows(before)
     own_columns = batches.columns_at(batch.prompts, processes.own_rows(batch.rows))
     own_reasons: list[str | None] = []
+    own_parts: list[str] = []  # each as often as it had no score
 
     def score_own() -> tuple[Rollout, dict[str, np.ndarray]]:
         said = row_scores(host_reward, own_rollout, own_columns)
         own_reasons.extend(said.reasons())
+        for score in said.scores:
+            own_parts.extend(score.parts if isinstance(score, Unscored) else ())
         return with_scores(own_rollout, said)
 
     try:
         after: Any
         after, components = processes.gather_rows(processes.agree(score_own))
         unscored = np.sum(before.present) - np.sum(after.present)
-        of_processes = processes.gather(lambda: own_reasons)
-        reasons = list(itertools.chain(*of_processes))
+        of_processes = processes.gather(lambda: (own_reasons, own_parts))
+        reasons, parts = (list(itertools.chain(*told)) for told in zip(*of_processes, strict=True))
         say_reasons(reasons, told)
         guard_metrics: Metrics = {}
         verdicts = None
@@ -79,6 +82,9 @@ def score_on_host(
     for name, is_own in has_score.items():
         number = jnp.sum(is_own & scored.present)
         metrics[f"reward/rows/{name}"] = number.astype(jnp.float32)
+    if len(reward.weights) > 1:
+        for name in (name for name, weight in reward.weights.items() if weight):
+            metrics[f"reward/unscored/{name}"] = jnp.float32(parts.count(name))
     metrics |= guard_metrics
     if reward.take_unparsed is not None:
         counts = processes.gather(reward.take_unparsed)

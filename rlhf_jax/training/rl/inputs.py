@@ -192,6 +192,12 @@ def load(
         reward = _given_reward(given.reward, tokenizer, prompts.columns)
     else:
         reward = build(sources.reward, columns=prompts.columns, mathematics=sources.math)
+    for name in method.algorithm_config.unrewarded:
+        if weight := reward.weights.get(name):
+            raise UserError(
+                f"{run.name} reads {name}, and the entry {name} of --reward is rewarded with the "
+                f"weight {weight:g}: give it a weight of 0, or read a component of it, {name}/NAME"
+            )
     enforce = None
     if guard is not None:
         reward = reward._replace(fn=None, host=spec.as_host(reward))

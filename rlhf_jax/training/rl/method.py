@@ -47,6 +47,8 @@ class CompleteAlgorithm:
     kl_coef: float = 0.0
     respond: Callable[..., Rollout] | None = None
     choose: Callable[..., jax.Array] | None = None
+    prepare: Callable[..., Rollout] | None = None
+    observe: Callable[..., TrainState] | None = None
 
     @property
     def __name__(self) -> str:

@@ -1,17 +1,17 @@
 """The models of an RL run on the devices, and the programs that sample, score and learn."""
 
 import functools
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import optax
 from jax import Array
 
 from rlhf_jax import iteration, losses, models, policies, sampling
+from rlhf_jax.algorithms.policy import wanted
 from rlhf_jax.config import RLStage
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.generation.generator import LanguageModel
@@ -49,11 +49,6 @@ class Sizes(NamedTuple):
     columns: int  # T of the widest rollout
     prompts: int  # data rows; ``rollout.row_ids`` are their numbers, from 0
 
-    def wanted(self, create: Callable[..., TrainState]) -> dict[str, int]:
-        """Those that are parameters of ``create``."""
-        parameters = inspect.signature(create).parameters
-        return {name: size for name, size in self._asdict().items() if name in parameters}
-
 
 class Programs(NamedTuple):
     """Functions of ``iteration`` with their settings bound; the first call compiles each."""
@@ -64,9 +59,10 @@ class Programs(NamedTuple):
     rescored: Callable[..., tuple[Rollout, Metrics]]  # iteration.rescored
     reward: Callable[..., tuple[Rollout, Metrics]]  # iteration.reward
     with_greedy: Callable[..., Rollout]  # iteration.with_greedy
-    num_equal: Callable[..., Array]  # iteration.num_equal
-    refill: Callable[..., Rollout]  # iteration.refill
+    informative: Callable[..., Array]  # iteration.informative
+    refill: Callable[..., tuple[Rollout, Rollout]]  # iteration.refill
     learn: Callable[..., tuple[LoopState, Metrics]]  # iteration.learn
+    observe: Callable[..., tuple[LoopState, Metrics]]  # the algorithm's own; no metrics
     choose: Callable[..., Array] | None  # the algorithm's own choice of prompts, if it has one
 
 
@@ -171,7 +167,8 @@ def first_state(run: OpenRun, method: Method, networks: Networks, sizes: Sizes) 
     """The state at step 0. Only the loop keeps it, so that its arrays can be donated."""
     layout = run.layout
     create = method.algorithm.State.create
-    create = functools.partial(create, optimizer=networks.optimizer, **sizes.wanted(create))
+    told = wanted(create, sizes._asdict())
+    create = functools.partial(create, optimizer=networks.optimizer, **told)
     train = layout.create(create, networks.trained.params)
     reference = None
     if method.settings.reference_moves:
@@ -257,10 +254,9 @@ def compiled(
         extras=tuple(method.algorithm_config.extras),
     )
     with_greedy = functools.partial(iteration.with_greedy, shape=shape)
-    num_equal = functools.partial(iteration.num_equal, group_size=group_size, masked=masked)
-    refill = functools.partial(
-        iteration.refill, group_size=group_size, masked=masked, mesh=layout.row_mesh
-    )
+    own: Any = {"algorithm": algorithm, "config": method.algorithm_config, "masked": masked}
+    informative = functools.partial(iteration.informative, shape=shape, **own)
+    refill = functools.partial(iteration.refill, mesh=layout.row_mesh)
     choose = None
     if algorithm.choose is not None:
         number = (1 + settings.dynamic_sampling) * settings.batch_size // group_size
@@ -268,14 +264,18 @@ def compiled(
         choose = layout.jit(of_run)
     learn = functools.partial(
         iteration.learn,
-        algorithm=method.algorithm,
-        config=method.algorithm_config,
         optimizer=transformation,
         shape=shape,
         penalty=method.penalty,
-        masked=masked,
         mesh=layout.row_mesh,
+        **own,
     )
+
+    def observe(loop: LoopState, rollout: Rollout) -> tuple[LoopState, Metrics]:
+        told: Any = algorithm.observe
+        train = told(loop.train, masked(rollout), config=method.algorithm_config)
+        return replace(loop, train=train), {}
+
     return Programs(
         respond=to_groups,
         respond_to_each=to_each if is_same else respond(validated, 1),
@@ -283,9 +283,10 @@ def compiled(
         rescored=layout.jit(rescored, compiler_options=by_blocks),
         reward=layout.jit(iteration.reward),
         with_greedy=layout.jit(with_greedy, compiler_options=plainly),
-        num_equal=layout.jit(num_equal, compiler_options=plainly),
+        informative=layout.jit(informative, compiler_options=by_blocks),
         refill=layout.jit(refill, compiler_options=plainly),
         learn=layout.jit_update(learn, model.config.num_blocks),
+        observe=layout.jit_update(observe, 0),
         choose=choose,
     )
 

@@ -125,15 +125,19 @@ def run(
                     rows = choose_rows(job, state, step)
                 prompts, *spares = job.schedule.batches(step - 1, rows)
                 rollout, metrics = collect(job, state, prompts)
+                arguments = partial(_update_arguments, job, jax.random.fold_in(learn_key, step - 1))
+                unread: list[Rollout] = []
                 if settings.dynamic_sampling:
                     from rlhf_jax.training.rl.dynamic import replace_uninformative
 
                     fresh = (collect(job, state, spare)[0] for spare in spares)
-                    rollout, replaced = replace_uninformative(job, rollout, fresh)
+                    filled = replace_uninformative(job, state, rollout, fresh, arguments)
+                    rollout, replaced, unread = filled
                     metrics |= replaced
 
-                key = jax.random.fold_in(learn_key, step - 1)
-                state, learned = job.programs.learn(state, *_update_arguments(job, rollout, key))
+                state, learned = job.programs.learn(state, *arguments(rollout))
+                while unread:
+                    state, _ = job.programs.observe(state, unread.pop(0))
                 if job.ahead is not None:
                     state = replace(state, behind=behind)
 
@@ -193,7 +197,7 @@ def choose_rows(job: Job, state: LoopState, step: int) -> np.ndarray:
     return chosen.reshape(job.schedule.samplings, -1)
 
 
-def _update_arguments(job: Job, rollout: Rollout, key: jax.Array) -> tuple[Rollout, jax.Array, Any]:
+def _update_arguments(job: Job, key: jax.Array, rollout: Rollout) -> tuple[Rollout, jax.Array, Any]:
     """The arguments of the update. It reads the extras that it declares and no others, so that it
     has one program whatever the reward is made of.
 
@@ -224,7 +228,7 @@ def check_memory(job: Job, state: LoopState) -> None:
     """
     logger.info("compiling; the first steps take longest")
     rollout, _ = collect(job.rehearsal(), state, job.schedule.widest())
-    arguments = _update_arguments(job, rollout, job.run.key("update"))
+    arguments = _update_arguments(job, job.run.key("update"), rollout)
     memory.check("learn", job.programs.learn, state, *arguments)
 
 
