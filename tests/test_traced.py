@@ -176,7 +176,9 @@ DONE = set()  # what this process has traced: many pages have the same run
 def trace_once(trace, config, stage):
     """At the sizes of the settings, but for what no plan composes and other tests run."""
     sizes = tuple(max(size, 1) for size in config.mesh.axes.values())
-    config = replace(config, compute=replace(config.compute, blocks=None), mesh=Mesh())
+    compute = replace(config.compute, blocks=None)
+    reward = tuple(entry for entry in config.reward if not entry.startswith("gym:"))  # a package
+    config = replace(config, compute=compute, mesh=Mesh(), reward=reward or ("length",))
     if stage == "reward_model":
         own = replace(config.reward_model, ensemble_size=1, steps=False)
         config = replace(config, reward_model=own)
