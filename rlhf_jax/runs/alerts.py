@@ -237,11 +237,6 @@ def _degenerate_text(share: np.ndarray) -> str:
     return _beyond("response/repetition", share[-1], ">", share[0] + 0.3)
 
 
-def _nothing_to_learn(share: np.ndarray, norm: np.ndarray) -> str:
-    still = _beyond("grad_norm", norm[-1], "<", 1e-8)
-    return f"{still}, reward/equal_share 1" if still and share[-1] == 1 else still
-
-
 def _nothing_learned(score: np.ndarray, kl: np.ndarray) -> str:
     if len(score) < 20:
         return ""
@@ -341,6 +336,7 @@ _TEXTS = {
     "KL explosion": "objective/kl / response/length > 2 for 3",
     "entropy collapse": "objective/entropy / response/length < 0.05x first for 5",
     "sampler gap": "policy/sampler_gap > 0.02 for 3",
+    "nothing to learn": "grad_norm < 1e-8 for 5",
     "responses collapse": "response/most_common > 0.9 for 5",
     "prompt repeated": "reward/repeats_prompt > 0.5 for 3",
     "one answer": "reward/one_answer > 0.9 for 5",
@@ -350,7 +346,6 @@ _RULES = (
     Rule("value-loss explosion", ("value/loss", "value/return_variance"), _value_loss_explosion),
     Rule("reward collapse", ("objective/score",), _reward_collapse),
     Rule("degenerate text", ("response/repetition",), _degenerate_text, rows=3),
-    Rule("nothing to learn", ("reward/equal_share", "grad_norm"), _nothing_to_learn, rows=5),
     Rule("nothing learned", ("objective/score", "objective/kl"), _nothing_learned),
     Rule("nothing moved", ("validation/moved", "step", "validation/planned_steps"), _nothing_moved),
     Rule("reward hacking", ("validation/judge", "validation/score"), _reward_hacking),
