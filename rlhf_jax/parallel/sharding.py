@@ -235,6 +235,19 @@ def varying(tree: Any) -> frozenset[str]:
     return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in leaves))
 
 
+def vary(tree: Tree, inputs: Any) -> Tree:
+    """The arrays, differing over every mapped axis over which one of the inputs does: the state of
+    a loop as it ends, or what a gradient rule of our own gives one gradient each.
+    """
+    axes = varying(inputs)
+
+    def cast(x: Array) -> Array:
+        missing = tuple(axes - varying(x))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(cast, tree)
+
+
 def place(x: Any, sharding: NamedSharding) -> Array:
     """An array on the devices of a sharding. Each device takes the part at its mesh position."""
     if jax.process_count() == 1 or not getattr(x, "is_fully_addressable", True):

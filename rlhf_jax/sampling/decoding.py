@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from rlhf_jax import models, ops
 from rlhf_jax.models.kernels.shared import Prompts
-from rlhf_jax.parallel import blocks
+from rlhf_jax.parallel import blocks, sharding
 from rlhf_jax.sampling import sharded
 from rlhf_jax.types import EosId, Params, RewardFn, Rollout, known
 
@@ -394,7 +394,7 @@ def _sample_rows(
         logits, _ = jax.eval_shape(next_of, weights[-1], rows, begun)
         shape = (*begun.tokens.shape, config.most_possible(logits.shape[-1]))
         begun = begun._replace(support=jnp.full(shape, -1, jnp.int32))
-    begun = sharded.vary(begun, (weights, key, prompts))
+    begun = sharding.vary(begun, (weights, key, prompts))
     end = jax.lax.while_loop(
         lambda state: ~jnp.all(state.ended),
         lambda state: step(model, weights[-1], rows, state, config=config),

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 from jax import Array
@@ -11,8 +11,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rlhf_jax import models
 from rlhf_jax.parallel import sharding
 from rlhf_jax.types import Params, Rollout
-
-Tree = TypeVar("Tree")
 
 # From this many bytes of weights in a layer on, heads and mlp are sharded over "fsdp" while a batch
 # is sampled: an H200 reads so many in 14 microseconds, about the time of the two sums over devices
@@ -88,16 +86,3 @@ def _over_heads(weights: Params, mesh: Mesh) -> Any:
         return NamedSharding(mesh, PartitionSpec(*axes))
 
     return jax.tree.map(join, sharding.by_path(weights, models.SHARDING, alone))
-
-
-def vary(state: Tree, inputs: Any) -> Tree:
-    """The state of a loop as the loop leaves it under the caller's ``shard_map``: different on the
-    devices of all axes over which one of the inputs is.
-    """
-    axes = sharding.varying(inputs)
-
-    def cast(x: Array) -> Array:
-        missing = tuple(axes - jax.typeof(x).manual_axis_type.varying)
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(cast, state)

@@ -14,6 +14,7 @@ from jax import Array
 from jax.lax import platform_dependent
 
 from rlhf_jax.models.kernels import cpu
+from rlhf_jax.parallel import sharding
 
 # x and the kernel; each is None where the other's gradient is not needed.
 Saved = tuple[Array | None, Array | None]
@@ -40,23 +41,9 @@ def weighted_sum(weights: Array, value: Array) -> Array:
     return platform_dependent(weights, value, cpu=cpu.weighted_sum_of_one, default=cpu.weighted_sum)
 
 
-def alike(*arrays: Any) -> tuple[Any, ...]:
-    """The arrays (None stays None), each varying over every axis of ``shard_map`` over which one of
-    them does. A gradient rule of our own may then return one gradient for each, which JAX sums over
-    the devices where the array is the same on all.
-    """
-    axes = frozenset[str]().union(*(jax.typeof(x).mat.varying for x in arrays if x is not None))
-
-    def varying(x: Array | None) -> Array | None:
-        missing = () if x is None else tuple(axes - jax.typeof(x).mat.varying)
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-    return tuple(map(varying, arrays))
-
-
 def product(x: Array, kernel: Array) -> Array:
     """x [..., D] @ kernel [D, F]."""
-    return _product(*alike(x, kernel))
+    return _product(*sharding.vary((x, kernel), (x, kernel)))
 
 
 @jax.custom_vjp

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from rlhf_jax.models.kernels import alike
 from rlhf_jax.models.kernels import mean as mean_of
+from rlhf_jax.parallel import sharding
 
 # The input, its mean (None for RMSNorm), 1 / its standard deviation, and the scale.
 Saved = tuple[Array, Array | None, Array, Array]
@@ -21,7 +21,8 @@ def norm(x: Array, scale: Array, bias: Array | None, epsilon: float) -> Array:
     This is layer normalization (Ba et al. 2016). Without a bias no mean is subtracted: RMSNorm
     (Zhang and Sennrich 2019). It is computed in float32; the result has the dtype of x.
     """
-    return _norm(*alike(x, scale, bias), epsilon)
+    arrays = (x, scale, bias)
+    return _norm(*sharding.vary(arrays, arrays), epsilon)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
