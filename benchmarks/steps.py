@@ -207,7 +207,7 @@ def _rl_work(
         penalty=iteration.kl_penalty(0.05),
     )
     train = algorithm.State.create(jax.tree.map(jnp.copy, start), optimizer)
-    loop = iteration.LoopState.create(train, 0.05)
+    loop = iteration.LoopState(train, jnp.float32(0.05))
     prompt = batch.tokens[:, : preset.prompt]
     prompts = iteration.Prompts(prompt, jnp.ones_like(prompt), jnp.arange(preset.batch))
     # The first parameters are the reference too, and a reward model stands on the same body.

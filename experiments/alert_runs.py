@@ -156,7 +156,7 @@ def trainer(method: str, num_steps: int) -> Callable[[Array, Array, Array], Any]
             return loop, {**sampled, **scored, **learned, **looked}
 
         state = TrainState.create(params, optimizer)
-        loop = iteration.LoopState.create(state, penalty.init)
+        loop = iteration.LoopState(state, jnp.float32(penalty.init))
         return jax.lax.scan(step, loop, jax.random.split(loop_key, num_steps))[1]
 
     return train

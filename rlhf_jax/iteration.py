@@ -48,17 +48,6 @@ class LoopState:
     behind: TrainState | None = None
     """The policy that samples the next rollout, without an optimizer; None if ``train`` does."""
 
-    @classmethod
-    def create(
-        cls,
-        train: TrainState,
-        kl_coef: Array | float,
-        reference: Params | None = None,
-        behind: TrainState | None = None,
-    ) -> "LoopState":
-        """The state before the first iteration."""
-        return cls(train, jnp.float32(kl_coef), reference, behind)
-
 
 class Prompts(NamedTuple):
     """A batch of prompts, left-padded."""
@@ -610,7 +599,7 @@ def iterate(
             "give ref_fn=policy_fn.bind(params), which a KL (kl_coef, kl_loss_coef) and an "
             "algorithm that says what samples read; or no KL, kl_coef=0"
         )
-    loop = LoopState.create(state, coef)
+    loop = LoopState(state, ops.float32(coef))
     functions = Functions(policy_fn, reward_fn, reference)
     how = replace(sampling, record_support=sampling.truncates)
     own: Any = {"model": model, "config": how}

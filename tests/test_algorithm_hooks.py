@@ -323,7 +323,7 @@ def of_groups(algorithm, settings, scores, extras, missing=()):
     own = getattr(algorithm, "State", TrainState).create
     sizes = {"rows": 4, "columns": mask.shape[1], "prompts": 4}
     state = own(tabular.policy_params(0), UPDATE["optimizer"], **policy.wanted(own, sizes))
-    return iteration.LoopState.create(state, 0.5), batch
+    return iteration.LoopState(state, 0.5), batch
 
 
 @pytest.mark.parametrize(("algorithm", "settings", "scores", "extras", "expected"), GROUPS)
@@ -463,7 +463,7 @@ def test_an_update_is_told_the_groups():
         seen.append(batch.group_ids)
         return state, {"nonfinite": jnp.float32(0)}
 
-    loop = iteration.LoopState.create(TrainState.create({}, UPDATE["optimizer"]), 0.0)
+    loop = iteration.LoopState(TrainState.create({}, UPDATE["optimizer"]), 0.0)
     learn = functools.partial(
         iteration.learn, algorithm=module("m", update=update), optimizer=UPDATE["optimizer"]
     )
@@ -551,7 +551,7 @@ def test_the_log_probs_of_what_sampled_are_an_extra(declared):
         MODEL, params, PROMPTS, jnp.ones_like(PROMPTS), jax.random.key(0), config=SAMPLER
     )
     sampled = replace(sampled, log_probs=sampled.log_probs - sampled.mask)
-    loop = iteration.LoopState.create(TrainState.create(params, OPTIMIZER), 0.0)
+    loop = iteration.LoopState(TrainState.create(params, OPTIMIZER), 0.0)
     functions = iteration.Functions(Partial(POLICY_FN))
     for keeps in (False, True):
         scored, _ = iteration.rescored(

@@ -50,7 +50,7 @@ def test_no_iteration_holds_weights(name):
     program = builders.one_program(collect, learn)
     tokens = jnp.full((16, 3), 2)
     prompts = iteration.Prompts(tokens, jnp.ones_like(tokens), jnp.arange(16))
-    loop = iteration.LoopState.create(case.module.State.create(trained, SGD), 0.1)
+    loop = iteration.LoopState(case.module.State.create(trained, SGD), 0.1)
     reward_fn = rewards.from_model(models.score_fn(model), params)
     functions = iteration.Functions(bound, reward_fn, Partial(policy, params), base)
     assert largest_constant(jax.jit(program), loop, prompts, KEY, KEY, functions) < 1_000_000

@@ -54,7 +54,7 @@ def informative(rollout, unfinished=()):
     """[groups] of pairs, as GRPO says."""
     masked = iteration.mask_truncated(EOS) if unfinished else iteration.unchanged
     how = {"algorithm": grpo, "config": grpo.Config(group_size=2), "masked": masked}
-    loop = iteration.LoopState.create(TrainState(jnp.zeros(()), {}, ()), 0.0)
+    loop = iteration.LoopState(TrainState(jnp.zeros(()), {}, ()), 0.0)
     ask = jax.jit(lambda rows: iteration.informative(loop, rows, None, NO_FUNCTIONS, **how))
     return np.array(ask(rollout))
 
@@ -173,7 +173,7 @@ class Recorder:
 
 
 def learnt(rollout, **settings):
-    loop = iteration.LoopState.create(TrainState(jnp.zeros(()), {}, ()), 0.0)
+    loop = iteration.LoopState(TrainState(jnp.zeros(()), {}, ()), 0.0)
     how = {"algorithm": Recorder, "config": grpo.Config(group_size=2), "optimizer": None}
     learn = functools.partial(iteration.learn, **how, **settings)
     after, metrics = jax.jit(

@@ -541,7 +541,7 @@ def asking(config, server, folder):
     rows = np.arange(3, dtype=np.int32)
     is_real = np.array([[0, 0], [1, 1], [1, 1]])
     prompts = iteration.Prompts(tokens, is_real, rows, places=rows)
-    state = LoopState.create(TrainState.create(start.params, optax.sgd(1.0)), 0.0)
+    state = LoopState(TrainState.create(start.params, optax.sgd(1.0)), 0.0)
     with engines.opened(config.rl.engine, config.engine, folder / "weights") as engine:
         opened = SimpleNamespace(config=config, folder=SimpleNamespace(engine=folder / "engine"))
         yield Client(engine, opened, config.rl, begun, start), state, prompts

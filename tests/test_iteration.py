@@ -45,7 +45,7 @@ def f32(*x):
 
 
 def start():
-    return iteration.LoopState.create(vpg.State.create(initial_params(MODEL), OPTIMIZER), 0.1)
+    return iteration.LoopState(vpg.State.create(initial_params(MODEL), OPTIMIZER), jnp.float32(0.1))
 
 
 def prompts():
@@ -193,7 +193,7 @@ def test_a_row_without_a_greedy_score_is_absent():
 def test_kl_coefficient_follows_the_kl():
     """Ziegler et al. 2019: with n = horizon the coefficient moves by at most a fifth of itself."""
     learn = learning(Recorder, penalty=iteration.kl_penalty(0.1, target=1e-3, horizon=2))
-    begun = iteration.LoopState.create(None, 0.1)
+    begun = iteration.LoopState(None, 0.1)
     scored = made_rollout(scores=f32(1.0, 2.0))
     loop, metrics = learn(begun, scored, None, iteration.Functions(None))
     # The policy is still the reference: 0 / target - 1, clipped to -.2.
@@ -240,7 +240,7 @@ def rescored_by(importance):
     sampled = Rollout(np.arange(10).reshape(2, 5), attention_mask, mask, engine)
     policy_fn = jax.tree_util.Partial(lambda *_: PolicyOutput(policy, policy))
     return iteration.rescored(
-        iteration.LoopState.create(vpg.State.create({}, OPTIMIZER), 0.0),
+        iteration.LoopState(vpg.State.create({}, OPTIMIZER), 0.0),
         sampled,
         iteration.Functions(policy_fn),
         eos_ids=(9,),
@@ -334,7 +334,7 @@ def test_the_update_reads_rewards_less_the_kl_and_the_scores_as_they_were():
     rule = iteration.missing_eos(SAMPLING.eos_id, penalty=5.0, score=None)
     learn = learning(Recorder, shape=rule)
     loop, metrics = learn(
-        iteration.LoopState.create(None, 0.2),
+        iteration.LoopState(None, 0.2),
         rollout,
         None,
         iteration.Functions(None),
@@ -364,7 +364,7 @@ def test_the_kl_is_a_mean_of_row_sums_and_its_default_horizon_is_ten_iterations(
     source = model_source(RunConfig())
     penalty = method.penalty_of(source, settings, method.completed(vpg), vpg.Config())
     learn = learning(Recorder, penalty=penalty)
-    start = iteration.LoopState.create(None, 0.15)
+    start = iteration.LoopState(None, 0.15)
     loop, metrics = learn(start, batch, None, iteration.Functions(None))
     assert_allclose(metrics["objective/kl"], 2.5 * nats, rtol=1e-6)
     assert_allclose(metrics["objective/reward"], 1.5 - 0.15 * 2.5 * nats, rtol=1e-6)
@@ -403,7 +403,7 @@ def test_the_most_common_response_of_rows_on_several_devices():
 def test_non_finite_rewards_leave_the_loop_as_it_was():
     learn = learning(penalty=iteration.kl_penalty(0.1, target=1.0))
     state = vpg.State.create(policy_params(0), OPTIMIZER)
-    loop = iteration.LoopState.create(state, 0.1)
+    loop = iteration.LoopState(state, jnp.float32(0.1))
     rollout = tabular_rollout(0, [2, 3, 0]).replace(advantages=None, rewards=None)
     rollout = rollout.replace(scores=f32(1.0, math.nan, 2.0))
     by_table = iteration.Functions(jax.tree_util.Partial(policy_fn))

@@ -243,7 +243,7 @@ def test_a_state_is_told_the_sizes_that_it_asks_for():
 )
 def test_what_an_update_cannot_return(made, says):
     rollout = Rollout(*jnp.ones((4, 2, 3)), scores=jnp.ones(2))
-    loop = iteration.LoopState.create(TrainState.create({}, optax.sgd(0.1)), 0.0)
+    loop = iteration.LoopState(TrainState.create({}, optax.sgd(0.1)), 0.0)
     mine = bare(update=lambda state, rollout, key, **how: made(state))
     functions = iteration.Functions(jax.tree_util.Partial(lambda *inputs: None))
     how = {"algorithm": mine, "config": rloo.Config(group_size=2), "optimizer": optax.sgd(0.1)}

@@ -668,7 +668,7 @@ def pairs_validator(folder):
     )
 
     def of_texts(texts):
-        state = LoopState.create(TrainState(0, texts, ()), 0.0)
+        state = LoopState(TrainState(0, texts, ()), 0.0)
         return validate(job, state)
 
     return of_texts

@@ -171,7 +171,7 @@ def test_a_coefficient_goes_on_only_if_it_adapts_and_began_at_the_same_value():
         for target in (1.0, None)
         for penalty in [iteration.kl_penalty(0.25, target=target, horizon=10)]
     )
-    state = LoopState.create(None, 0.125)
+    state = LoopState(None, jnp.float32(0.125))
     assert adapting(state, {"rl": {"kl_coef": 0.25}}) is state
     assert adapting(state, {}) is state  # of an older version
     assert adapting(state, {"rl": {"kl_coef": 0.5}}).kl_coef == 0.25

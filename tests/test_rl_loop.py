@@ -97,7 +97,7 @@ class Parts:
         behind = None
         if job.ahead is not None:
             behind = TrainState(jnp.int32(0), {"w": jnp.float32(-1.0)}, ())
-        return LoopState.create(train, 0.125, self.reference, behind)
+        return LoopState(train, jnp.float32(0.125), self.reference, behind)
 
     def check_memory(self, job, state):
         self.notes["check_memory"].append(policy_of(state))

@@ -108,7 +108,7 @@ def test_a_batch_is_sampled_in_parts_and_the_environment_counts_the_rows_that_ar
         },
         programs={"respond": respond, "respond_greedily": respond},
     )
-    state = LoopState.create(TrainState(0, {}, ()), 0.0)
+    state = LoopState(TrainState(0, {}, ()), 0.0)
     rollout, metrics = sample(job, state, batch)
     assert seen == [([0, 1], [2, 0], True), ([2, 3], [1, -1], True)]
     assert (rollout.row_ids.tolist(), rollout.group_size) == ([2, 0, 1, -1], 2)
@@ -145,7 +145,7 @@ def test_a_judge_of_pairs_compares_with_the_first_validation(batch, sampled, tmp
     )
     sampled = replace(sampled, rewards=None)
     for tokens in (sampled.tokens, sampled.tokens + 1):
-        state = LoopState.create(TrainState(0, replace(sampled, tokens=tokens), ()), 0.0)
+        state = LoopState(TrainState(0, replace(sampled, tokens=tokens), ()), 0.0)
         metrics, _ = validate(job, state)
         assert (metrics["validation/win_rate"], metrics["validation/score"]) == (0.5, 3.0)
     first = letters.decode([3, 3])
@@ -172,7 +172,7 @@ def test_the_judge_scores_without_the_rewards_of_the_environment(batch, sampled,
         programs={"respond_to_each": lambda *prompts: sampled, "reward": reward},
         held_out=batch,
     )
-    metrics, samples = validate(job, LoopState.create(TrainState(0, {}, ()), 0.0))
+    metrics, samples = validate(job, LoopState(TrainState(0, {}, ()), 0.0))
     assert metrics == {"validation/score": 3.0, "validation/judge": 4.0}
     assert [(row["prompt"], row["score"]) for row in samples] == [("c", 3.0), ("a", 3.0)]
     assert capsys.readouterr().out.count("Generated: ") == 1
@@ -197,7 +197,7 @@ def test_a_schedule_that_counts_other_steps_than_are_taken_is_said(taken, said, 
     params = {"w": jnp.zeros(2)}
     update = jax.jit(optimizer.update)
     _, opt_state = update(params, optimizer.init(params), params)
-    state = LoopState.create(TrainState(jnp.int32(1), params, opt_state), 0.0)
+    state = LoopState(TrainState(jnp.int32(1), params, opt_state), 0.0)
     before = optimizer_steps(state)
     assert before == 1
     for _ in range(taken):

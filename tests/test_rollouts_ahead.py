@@ -81,7 +81,7 @@ def test_each_step_has_its_own_prompts_and_the_policy_before_the_last_update(thr
     job = rl_job(settings=RLStage(num_iterations=4), schedule=prompts)
     job.run.layout.copy = lambda tree: jax.tree.map(jnp.copy, tree)
     first = TrainState(jnp.int32(0), {"w": jnp.float32(0.0)}, ())
-    state = LoopState.create(first, 0.0, behind=first)
+    state = LoopState(first, 0.0, behind=first)
     for step in range(4):
         behind = ahead.start(job, state, step + 1)
         assert behind.params["w"] is not state.train.params["w"]  # which the update gives up
@@ -95,7 +95,7 @@ def test_each_step_has_its_own_prompts_and_the_policy_before_the_last_update(thr
 
 def test_what_samples_elsewhere_does_so_for_one_at_a_time():
     """An engine, or devices of their own, whose samples are on the host."""
-    state = LoopState.create(TrainState(jnp.int32(0), {"w": jnp.float32(1.0)}, ()), 0.0)
+    state = LoopState(TrainState(jnp.int32(0), {"w": jnp.float32(1.0)}, ()), 0.0)
     prompts = Prompts(*[np.ones((4, 1), np.int32)] * 2, np.arange(4), places=np.arange(4))
     key = jax.random.key(0)
     here = {"ahead": SimpleNamespace(alone=lambda respond: lambda *given: [respond(*given)])}

@@ -170,7 +170,7 @@ def test_a_lowered_state_takes_smaller_steps():
     patience = Patience("max:validation/score", None, settings)
     optimizer = make_optimizer(settings, 4)
     assert patience.used
-    state = LoopState.create(TrainState.create({"w": jnp.zeros(())}, optimizer), 0.1)
+    state = LoopState(TrainState.create({"w": jnp.zeros(())}, optimizer), 0.1)
     # twice five without improvement, and four
     rows = [{"validation/score": score} for score in (1.0, 2.0, *[2.0, 1.5] * 7)]
     lowered = patience.lowered(state, rows)
@@ -200,7 +200,7 @@ def test_the_recorded_rate_is_that_of_the_step(how, expected):
             {"w": jnp.float32(0.25), "b": jnp.float32(0.0)}, state.opt_state, params
         )
         state = state.replace(opt_state=opt_state)
-        found = learning_rates(LoopState.create(state, 0.1))
+        found = learning_rates(LoopState(state, 0.1))
         assert found.keys() == {"lr"}
         assert float(found["lr"]) == pytest.approx(rate)
         assert float(updates["w"]) == pytest.approx(-rate, rel=1e-3)
@@ -288,7 +288,7 @@ def test_a_state_holds_no_setting_that_would_win_over_a_changed_one(algorithm):
     optimizer = make_optimizer(Optimizer(1e-3, schedule="plateau"), 10)
     kind = getattr(algorithm, "State", TrainState)
     train = kind.create({"c_fc": {"kernel": jnp.ones((2, 2))}}, optimizer=optimizer)
-    state = jax.tree.leaves_with_path(LoopState.create(train, 0.05))
+    state = jax.tree.leaves_with_path(LoopState(train, 0.05))
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in state]
     scalars = {path.rpartition("/")[2] for path in paths if not path.endswith("c_fc/kernel")}
     known = {"step", "count", "learning_rate", "plateau_scale", "kl_coef"}

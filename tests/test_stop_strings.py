@@ -89,7 +89,7 @@ def test_a_run_looks_for_stop_texts_behind_the_tokens_that_it_is_told():
         inputs={"initial": SimpleNamespace(tokenizer=ALPHABET)},
         programs={"respond": lambda *prompts: a_rollout([A, B, C, D, E], [C, D, A, B, E])},
     )
-    cut, _ = sample(job, LoopState.create(TrainState(0, {}, ()), 0.0), batch)
+    cut, _ = sample(job, LoopState(TrainState(0, {}, ()), 0.0), batch)
     assert_array_equal(cut.response_mask.sum(axis=1), [5, 4])
     with pytest.raises(ValueError, match="stop_after: there is no text"):
         replace(settings, stop=())

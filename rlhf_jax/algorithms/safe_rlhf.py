@@ -44,10 +44,7 @@ class Config(rloo.Config):
         """The cost, one of each row."""
         return {self.cost: "row"}
 
-    @property
-    def unrewarded(self) -> tuple[str, ...]:  # type: ignore[override]
-        """The cost."""
-        return (self.cost,)
+    unrewarded = property(lambda self: (self.cost,))
 
 
 @flax.struct.dataclass

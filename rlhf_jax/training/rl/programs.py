@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax import Array
 
@@ -179,7 +180,7 @@ def first_state(run: OpenRun, method: Method, networks: Networks, sizes: Sizes) 
         behind = TrainState(layout.copy(train.step), policy, ())
     run.hold(memory.state_parts(train))
     run.hold({"moving reference": reference, "policy that samples": behind})
-    return layout.put(LoopState.create(train, method.penalty.init, reference, behind))
+    return layout.put(LoopState(train, jnp.float32(method.penalty.init), reference, behind))
 
 
 def policy_of(params: Params, initial: Params) -> Params:
