@@ -289,7 +289,7 @@ def test_a_record_of_prompts_needs_the_number_of_each_row_s_prompt(module):
     batch = replace(batch_of([1.0, 0.0], [0, 1]), row_ids=None)
     state = spo_state(params, [1.0] * 2, [1.0] * 2, [0.0] * 2, 0.0)
     config = module.Config(**({} if module is spo else {"group_size": 2, "kl_loss_coef": 0.0}))
-    with pytest.raises(ValueError, match=r"rollout\.row_ids is needed.*number of its prompt"):
+    with pytest.raises(ValueError, match=r"rollout\.row_ids is needed.*number the prompts"):
         moved(module, state, batch, config)
 
 

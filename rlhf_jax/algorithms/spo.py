@@ -19,8 +19,6 @@ from rlhf_jax import ops
 from rlhf_jax.algorithms import policy, rloo
 from rlhf_jax.types import AxisName, Metrics, Params, PolicyFn, Rollout, TrainState
 
-NUMBERS = "give each row the number of its prompt, from 0, as in Prompts.row_ids"
-
 
 @dataclass(frozen=True)
 class Config(policy.Config):
@@ -61,17 +59,16 @@ def prepare(rollout: Rollout, *, state: State, config: Config, axis_name: AxisNa
     policy.check_unprepared(rollout)
     values = state.alpha / (state.alpha + state.beta)
     rewards = jnp.where(jnp.isnan(policy.outcomes(rollout)), jnp.nan, policy.row_rewards(rollout))
-    gaps = rewards - values[policy.field(rollout, "row_ids", NUMBERS, ndim=1)]
+    gaps = rewards - values[policy.field(rollout, "row_ids", "number the prompts from 0", ndim=1)]
     return policy.spread(ops.whiten(gaps, rollout.present, axis_name=axis_name), rollout)
 
 
-def advance(state: State, prepared: Rollout, *, config: Config, axis_name: Any = None) -> State:
+def advance(state: State, rollout: Rollout, *, config: Config, axis_name: AxisName = None) -> State:
     """The state with the record of the prompts that were answered."""
-    reward = policy.outcomes(prepared)
-    counted = ops.masked(jnp.stack([reward, 1.0 - reward], axis=1), prepared.present[:, None])
-    rows = policy.field(prepared, "row_ids", NUMBERS, ndim=1)
-    sums = jnp.zeros((len(state.alpha), 2)).at[rows].add(jnp.nan_to_num(counted))
-    right, wrong = ops.psum(sums, axis_name).T
+    rows = policy.field(rollout, "row_ids", "number the prompts from 0", ndim=1)
+    reward = policy.outcomes(rollout)
+    counted = jnp.nan_to_num(ops.masked(jnp.stack([reward, 1.0 - reward]), rollout.present)).T
+    right, wrong = ops.psum(jax.ops.segment_sum(counted, rows, len(state.alpha)), axis_name).T
     is_answered = right + wrong > 0
     rho = jnp.clip(jnp.exp2((state.seen - state.moved) / config.half_life), *config.rho)
     rho = jnp.where(is_answered, rho, 1.0)
