@@ -264,9 +264,9 @@ def test_packing_is_compared_with_packing():
 @pytest.mark.parametrize("layers", [1, 8])
 @pytest.mark.parametrize("pack", [False, True])
 def test_the_form_of_batches_does_not_decide_which_rows_meet(pack, layers):
-    """Twenty pairs, of which the row with the longest text is seldom the longest row."""
+    """Sixty pairs, of which the row with the longest text is seldom the longest row."""
     random = np.random.default_rng(0)
-    sizes = random.integers(1, 60, (20, 3))
+    sizes = random.integers(1, 76, (60, 3))
     texts = [Row("a" * p, ("b" * m, "c" * n), "f") for p, m, n in sizes.tolist()]
     encoded = encoding.encode_texts(texts, TOKENIZER)
     assert np.any(np.argsort(encoded.longest) != np.argsort(sharing(encoded).longest))
@@ -278,28 +278,34 @@ def test_the_form_of_batches_does_not_decide_which_rows_meet(pack, layers):
             settings=DPOStage(batch_size=4),
             text=Text(pack=pack, bucket_multiple=8),
             num_parts=1,
-            rows=np.arange(20),
+            rows=np.arange(60),
             key=jax.random.key(0),
             layers=layers,
         )
 
     alone, together = formed(encoded), formed(sharing(encoded))
-    for step in range(10):
+    for step in range(30):
         rows = alone.plan.rows(step)
         assert_array_equal(rows, together.plan.rows(step))
         for each in (alone, together):
             learned = np.sum(each.collate(each.encoded, rows).response_mask)
             assert learned == np.sum(encoded.response_lengths[rows])
-    for each in (alone, together):
-        job = SimpleNamespace(
-            plan=each.plan,
-            encoded=each.encoded,
-            source=SimpleNamespace(text=Text(pack=pack)),
-            step_rows=lambda step, each=each: each.plan.rows(step - 1),
-            batch=lambda rows, each=each: each.collate(each.encoded, rows),
-        )
-        largest = max(job.batch(each.plan.rows(step)).tokens.size for step in range(5))
-        assert Job.largest_batch(job).tokens.size == largest
+
+
+@pytest.mark.parametrize(("pack", "largest"), [(False, 10), (True, 11)])
+def test_the_largest_batch_is_found_without_making_all(pack, largest):
+    """Step 10 has the longest text, step 11 most tokens."""
+    longest, totals = np.array([(6, 10)] * 9 + [(9, 10), (6, 12), (6, 10)]).T
+    job = SimpleNamespace(
+        plan=SimpleNamespace(steps_per_epoch=12),
+        encoded=SimpleNamespace(longest=longest, totals=totals),
+        source=SimpleNamespace(text=Text(pack=pack)),
+        step_rows=lambda step: np.array([step - 1, -1]),
+        batch=lambda rows: SimpleNamespace(
+            rows=rows, tokens=np.zeros((totals if pack else longest)[rows[0]])
+        ),
+    )
+    assert Job.largest_batch(job).rows[0] == largest - 1
 
 
 @pytest.mark.parametrize("members", [1, slow(2)])
