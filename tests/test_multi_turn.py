@@ -111,6 +111,7 @@ def test_a_conversation_by_hand():
     assert_array_equal(rollout.tokens, grid("0231456100", "4231000000", "0" * 10, "0231445610"))
     assert_array_equal(rollout.response_mask, kinds == "r")
     assert_array_equal(rollout.attention_mask, kinds != "-")
+    assert rollout.prompt_length == P
     rewards = np.zeros((4, P + R))
     rewards[[0, 0, 1], [3, 7, 3]] = [0.5, 2.0, -1.0]
     assert_array_equal(rollout.rewards, rewards)
