@@ -458,14 +458,16 @@ def informative(
     masked: Rule = unchanged,
 ) -> Array:
     """[groups] whether the algorithm learns from each group of a scored rollout: by the advantages
-    that its ``prepare`` makes of the rewards without a penalty; without one, whether rewards
-    differ. Arguments as ``learn``.
+    that its ``prepare`` makes of the rewards without a penalty; without one, or if it leaves rows
+    out, whether rewards differ. Arguments as ``learn``.
     """
     rewards, _, _ = NO_PENALTY.apply(loop.kl_coef, shape(rollout))
     counted = replace(masked(rollout), rewards=rewards)
     prepare = getattr(algorithm, "prepare", None) or _by_rewards
     own = wanted(prepare, {"state": loop.train, "key": key, "policy_fn": functions.policy_fn})
     prepared = prepare(counted, config=config, axis_name=None, **own)
+    if len(prepared.tokens) < len(counted.tokens):
+        prepared = _by_rewards(counted, config=config, axis_name=None)
     return informative_groups(counted, prepared, config)
 
 
@@ -596,8 +598,8 @@ def iterate(
     reference = None if ref_fn is None else policies.as_policy(ref_fn)
     if (has_penalty and reference is None) or (responds and not (reference and reference.bound)):
         raise ValueError(
-            "give ref_fn=policy_fn.bind(params), which a KL (kl_coef, kl_loss_coef) and an "
-            "algorithm that says what samples read; or no KL, kl_coef=0"
+            "ref_fn is needed, for a KL or for what samples: give ref_fn=policy_fn.bind(params); "
+            "or, for no KL, kl_coef=0 and no KL in the loss"
         )
     loop = LoopState(state, ops.float32(coef))
     functions = Functions(policy_fn, reward_fn, reference)

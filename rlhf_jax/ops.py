@@ -16,7 +16,6 @@ from typing import Any, Literal, get_args
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from rlhf_jax.policies import Policy
@@ -411,13 +410,17 @@ def policy_fn(apply_fn: Callable[..., Array], temperature: float | Array = 1.0) 
     return Policy(apply_policy, temperature=known, takes_statistic=True)
 
 
-def best_of(best: Array | None, shape: tuple[int, ...], num_answers: int) -> Array:
-    """``Comparisons.best``, or zeros of the shape. ValueError if one is known to be no answer."""
-    places = known(best)
-    if places is not None and np.any((places < 0) | (places >= num_answers)):
-        found = f"{places.min()} to {places.max()}"
-        raise ValueError(f"comparisons.best must be from 0 to {num_answers - 1}, got {found}")
-    return jnp.zeros(shape, jnp.int32) if best is None else jnp.asarray(best)
+def best_of(best: Array | None, present: Array, num_answers: int) -> Array:
+    """``Comparisons.best``, or zeros; ``present`` has its shape. ValueError if one of a comparison
+    that is present is known to be no answer.
+    """
+    places, counts = known(best), known(present)
+    if places is not None and counts is not None:
+        wrong = places[counts & ((places < 0) | (places >= num_answers))]
+        if wrong.size:
+            last = num_answers - 1
+            raise ValueError(f"comparisons.best must be from 0 to {last}, got {wrong[0]}")
+    return jnp.zeros(present.shape, jnp.int32) if best is None else jnp.asarray(best)
 
 
 def response_log_probs(

@@ -105,11 +105,16 @@ class Policy:
             )
         first = self.prompt_length
         prompt_length = getattr(rollout, "prompt_length", None)
+        mask = types.known(rollout.response_mask)
         if prompt_length is not None:
             is_left_out = first > prompt_length
             where = f", which follow prompts of {prompt_length} slots"
+            if mask is not None and np.any(mask[..., :prompt_length] != 0):
+                raise ValueError(
+                    f"the rollout has prompt_length {prompt_length}, and a response that begins "
+                    "before: set its prompts' own number of slots, or None"
+                )
         else:
-            mask = types.known(rollout.response_mask)
             is_left_out = mask is not None and bool(np.any(mask[..., :first] != 0))
             where = ""
         if is_left_out:

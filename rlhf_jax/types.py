@@ -227,13 +227,13 @@ class Rollout(_Rows):
 
     @property
     def components(self) -> NoReturn:
-        """It went."""
-        raise AttributeError("Rollout.components went: they are in rollout.extras")
+        """It was removed."""
+        raise AttributeError("Rollout.components was removed: they are in rollout.extras")
 
 
 def map_columns(fn: Callable[[Array], Any], rollout: Rollout) -> Rollout:
     """The rollout with ``fn`` of each array that has a column for each token; other fields are as
-    they were.
+    they were, ``prompt_length`` too, which is to be set where ``fn`` drops columns in front.
     """
     changed = {}
     for field in dataclasses.fields(rollout):
@@ -389,8 +389,10 @@ def complete(config: Any, name: str = "the algorithm") -> None:
     it is no frozen dataclass, or has a name that nothing reads any more."""
     kind = type(config)
     if hasattr(kind, "needs_components"):
-        went = "Config.needs_components went; Config.extras says what of rollout.extras is read"
-        raise UserError(f"{name}: {went}, {{name: 'row' or 'token'}}")
+        raise UserError(
+            f"{name}: Config.needs_components was removed; Config.extras says what of "
+            "rollout.extras is read, {name: 'row' or 'token'}"
+        )
     settings = getattr(kind, "__dataclass_params__", None)
     if settings is None or not settings.frozen:
         raise UserError(f"{name}: its Config must be a frozen dataclass, @dataclass(frozen=True)")

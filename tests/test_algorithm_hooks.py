@@ -349,6 +349,31 @@ def test_what_stands_outside_a_response_teaches_nothing(of_rows):
     assert found.tolist() == [False, True]
 
 
+def test_what_leaves_rows_out_trains_and_its_groups_are_asked_by_rewards():
+    """One of each two; and a rollout of groups that are not whole."""
+
+    def thin_out(rollout, *, config, axis_name=None):
+        prepared = rloo.prepare(rollout, config=config)
+        return jax.tree.map(lambda x: x[::2], prepared)
+
+    def as_scores(rollout, *, config, axis_name=None):
+        return replace(rollout, advantages=rollout.scores[:, None] * rollout.mask)
+
+    batch = scored_rollout([1.0, 1, 0, 1])
+    config = rloo.Config(group_size=2)
+    state = TrainState.create(tabular.policy_params(0), UPDATE["optimizer"])
+    for prepare, rows in ((thin_out, batch), (as_scores, jax.tree.map(lambda x: x[:3], batch))):
+        update = policy.updater(prepare, rloo.loss)
+        after, metrics = update(state, rows, KEY, config=config, **UPDATE)
+        assert after.step == 1
+        assert "reward/equal_share" not in metrics
+    algorithm = module("thin", prepare=thin_out)
+    loop = iteration.LoopState(state, 0.5)
+    functions = iteration.Functions(None)
+    found = iteration.informative(loop, batch, KEY, functions, algorithm=algorithm, config=config)
+    assert found.tolist() == [False, True]
+
+
 def test_groups_are_asked_after_the_rules():
     """What ended loses nothing, and what did not is masked: then one row of each pair is left."""
     loop, batch = of_groups(grpo, PAIRS, [1, 1, 1, 2], {})

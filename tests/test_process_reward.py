@@ -215,11 +215,17 @@ def test_only_ends_count_and_microbatches_change_nothing():
 
 
 def test_the_mask_of_sft_marks_no_steps():
-    """Each token of a response, where only the last of each step is one."""
+    """Each token of a response, where only the last of each step is one. A step may have one token:
+    what one response of several shows is no mask of SFT.
+    """
     with pytest.raises(ValueError, match=r"response_mask marks whole responses.*2 if .*right"):
         loss_of(jnp.zeros((2, 4)), np.array([[0, 1, 1, 1], [0, 0, 1, 1]]))
-    for marks in ([[0, 1, 0, 1], [0, 0, 1, 0]], [[0, 1, 1, 2], [0, 0, 1, 1]], [[0] * 4] * 2):
+    right = [[0, 1, 1, 2], [0, 0, 1, 1]]
+    one_token = [[0, 1, 1, 0], [1, 0, 1, 0]]
+    for marks in ([[0, 1, 0, 1], [0, 0, 1, 0]], right, one_token, [[0] * 4] * 2):
         loss_of(jnp.zeros((2, 4)), np.array(marks))
+    with pytest.raises(ValueError, match=r"response_mask marks whole responses"):
+        loss_of(jnp.zeros((2, 4)), np.array([[0, 1, 1, 1], [0, 0, 1, 0]]))
 
 
 @pytest.mark.parametrize("at_tokens", [False, True])

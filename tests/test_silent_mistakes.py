@@ -351,6 +351,17 @@ def test_a_rollout_that_does_not_know_its_prompts_shows_them_by_its_mask(sampled
     jax.eval_shape(lambda: rollout.rescore(unknown, params, policy_fn=fits))
 
 
+def test_a_rollout_whose_responses_begin_before_its_prompt_ends_is_not_scored(sampled):
+    """Columns in front were dropped, and the prompt's number of slots was kept."""
+    params, drawn = sampled
+    trimmed = map_columns(lambda x: x[:, 1:], drawn)
+    for fn in (models.policy_fn(MODEL, 0.5), models.policy_fn(MODEL, 0.5, prompt_length=3)):
+        with pytest.raises(ValueError, match="prompt_length 4, and a response that begins before"):
+            rollout.rescore(trimmed, params, policy_fn=fn)
+        rescore = partial(rollout.rescore, policy_fn=fn)
+        jax.eval_shape(rescore, trimmed.replace(prompt_length=3), params)
+
+
 def test_an_id_outside_the_vocabulary_has_no_log_probability_and_no_gradient():
     @jax.jit
     @jax.value_and_grad
@@ -405,6 +416,10 @@ READ = {
     "a missing row": answers_of([[0, 1], [0, 1], [3, 3], [2, 4]]).replace(
         response_mask=PAIRS.response_mask * np.array([[1], [1], [0], [1]])
     ),
+    "a missing row of any group": PAIRS.replace(
+        response_mask=PAIRS.response_mask * np.array([[1], [1], [0], [1]]),
+        group_ids=np.array([5, 5, 5, 1]),
+    ),
     "pads of any id": PAIRS.replace(tokens=PAIRS.tokens + np.outer([0, 9, 0, 0], [1, 0, 0, 0, 0])),
     "prompts that are known": PAIRS.replace(prompt_length=2),
 }
@@ -443,12 +458,24 @@ def test_a_reference_from_which_nothing_is_learned_is_refused(module):
 
 
 def test_a_reference_from_which_something_is_learned_is_used():
+    """Also by an algorithm of one's own, of which no more is known."""
+
+    def prepare(batch, *, config, axis_name=None):
+        return grpo.prepare(batch, config=config)
+
+    def loss(*args, **named):
+        return grpo.loss(*args, **named)
+
+    own_prepare = SimpleNamespace(Config=grpo.Config, update=policy.updater(prepare, grpo.loss))
+    own_loss = SimpleNamespace(Config=grpo.Config, update=policy.updater(grpo.prepare, loss))
     with_reference = PAIRS.replace(ref_log_probs=PAIRS.log_probs)
     shaped = with_reference.replace(rewards=PAIRS.log_probs)
     for module, batch, settings in (
         (grpo, with_reference, {"group_size": 2}),
         (grpo, shaped, SCORES_ALONE),
         (vpg, with_reference, {}),
+        (own_loss, with_reference, SCORES_ALONE),
+        (own_prepare, with_reference, SCORES_ALONE),
     ):
         jax.eval_shape(partial(updated, module, **settings), batch)
 
@@ -482,6 +509,8 @@ def test_labels_that_a_loss_does_not_read_are_refused():
         for wrong in (-1, last + 1):
             with pytest.raises(ValueError, match=f"from 0 to {last}, got .*{wrong}"):
                 loss(batch.replace(best=np.array([0, wrong, 0])))
+            missing = batch.response_mask.at[1].set(0)
+            loss(batch.replace(best=np.array([0, wrong, 0]), response_mask=missing))
 
 
 @pytest.mark.parametrize("weight", [-0.1, 1.1, float("nan")])
@@ -521,9 +550,11 @@ def test_rows_of_a_mapped_axis_need_its_name():
 
 
 def test_a_name_that_went_says_what_took_its_place():
-    with pytest.raises(AttributeError, match=r"went: they are in rollout\.extras"):
+    with pytest.raises(AttributeError, match=r"removed: they are in rollout\.extras"):
         PAIRS.components  # noqa: B018
-    with pytest.raises(AttributeError, match=r"'of_rows'; it went: policy\.loss reads Config\.rat"):
+    with pytest.raises(
+        AttributeError, match=r"'of_rows'; it was removed: policy\.loss reads Config\.rat"
+    ):
         policy.of_rows  # noqa: B018
     with pytest.raises(AttributeError, match=r"no attribute 'of_row'$"):
         policy.of_row  # noqa: B018

@@ -5,6 +5,7 @@ import functools
 import json
 import typing
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,8 @@ from rlhf_jax.training.common import memory, reward_models
 from rlhf_jax.training.common.layout import Layout, layout_of
 from rlhf_jax.training.common.opening import Stream, stream_key
 from rlhf_jax.training.rl import job
-from rlhf_jax.types import Rollout
+from rlhf_jax.training.supervised import policies
+from rlhf_jax.types import Mean, Rollout
 
 
 def untouched(state):
@@ -468,3 +470,32 @@ def test_a_missing_environment_is_named_by_its_setting_before_anything_is_read(c
             match=rf"^rl\.environment {given}: no such file {file};",
         ):
             training.rl.run(replace(config, rl=settings, data=("none.json",)), vpg)
+
+
+def test_a_validation_reads_each_batch_before_it_asks_for_the_next():
+    """With dozens of programs that wait, several devices of a CPU wait for each other for ever."""
+    unread = []
+
+    class OnDevice:
+        def __init__(self, value):
+            self.value = np.float32(value)
+            unread.append(self)
+
+        def __array__(self, *args, **named):
+            unread.remove(self)
+            return self.value
+
+    def measure(state, rows):
+        assert not unread
+        here = rows[rows >= 0]
+        return {"sft/loss": Mean(OnDevice(here.sum()), OnDevice(len(here)))}
+
+    job = SimpleNamespace(
+        held_out=np.arange(5),
+        settings=SimpleNamespace(batch_size=2),
+        run=SimpleNamespace(layout=SimpleNamespace(shard=lambda batch: batch)),
+        batch=lambda rows: rows,
+        encoded=SimpleNamespace(sources=list("abcde")),
+    )
+    found = policies.validate(job, SimpleNamespace(measure=measure, answer=None), None)
+    assert found.metrics == {"validation/loss": 2.0, "validation/rows": 5}

@@ -144,7 +144,7 @@ def pair_loss(log_probs: Array, comparisons: Comparisons, config: Config) -> Los
     present = jnp.all(lengths > 0, axis=-1)  # [B] or [B, C]
     weight = losses.row_weights(comparisons.weight, present=present)
     log_ratios = losses.readable(log_ratios, weight[..., None])
-    best = ops.best_of(comparisons.best, weight.shape, 2)
+    best = ops.best_of(comparisons.best, present, 2)
     order = jnp.stack([best, 1 - best], axis=-1)
     chosen, rejected = _in_order(log_ratios, order)
     per_pair = losses.dpo(

@@ -45,7 +45,8 @@ def prepare(
     asked: Any = {"statistic": sum_squares, "arrays": [rollout.support]}
     output = ops.evaluate(by_rows, state.params, rollout, **asked)
     energy = ops.masked(1.0 - 2.0 * jnp.exp(output.log_probs) + output.statistic, mask)
-    to_go = advantages.discounted_returns(policy.field(rollout, "rewards"), mask)
+    rewards = policy.field(rollout, "rewards", "rewards.kl_shaped makes them")
+    to_go = advantages.discounted_returns(rewards, mask)
     present = mask.reshape(-1, config.group_size, mask.shape[1])
     weight = ops.masked(jnp.cumsum(energy, axis=1).reshape(present.shape), present)
     # Of the distances from the mean, so that equal rewards have advantages of exactly 0.

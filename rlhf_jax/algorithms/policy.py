@@ -181,14 +181,8 @@ def outcomes(rollout: Rollout) -> Array:
 
 
 def check(rollout: Rollout, config: Any) -> None:
-    """Raises ValueError for a rollout that an update would misread: reference log-probs that are
-    not read and, where values are known, responses on prompts or pads, or groups that are none."""
-    is_unread = rollout.ref_log_probs is not None and rollout.rewards is None
-    if is_unread and isinstance(config, Config) and not config.kl_in_loss:
-        raise ValueError(
-            "rollout.ref_log_probs are given, and no KL is learned from: set kl_loss_coef, or give "
-            "rewards=rewards.kl_shaped(rollout, kl_coef); or ref_log_probs=None"
-        )
+    """Raises ValueError for a rollout that an update would misread, where values are known:
+    responses on prompts or pads, or groups that are none."""
     names = ("tokens", "attention_mask", "response_mask", "group_ids")
     tokens, real, mask, ids = (known(getattr(rollout, name)) for name in names)
     if tokens is None or real is None or mask is None:
@@ -206,9 +200,9 @@ def check(rollout: Rollout, config: Any) -> None:
         is_other = np.any(prompts != prompts[first], axis=1) & present
         faults[f"its prompt is not that of its group (group_size {size}): sort the rows"] = is_other
         if ids is not None:
-            together = (ids[:, None] == ids) == (group[:, None] == group)
+            is_apart = (ids[:, None] == ids) != (group[:, None] == group)
             contradicts = f"group_size {size} contradicts group_ids: sort the rows, or change it"
-            faults[contradicts] = ~together.all(axis=1)
+            faults[contradicts] = np.any(is_apart & np.outer(present, present), axis=1)
     for fault, rows in faults.items():
         if rows.any():
             raise ValueError(f"rollout, row {np.argmax(rows)}: {fault}")
@@ -401,12 +395,13 @@ def wanted(function: Callable[..., Any], offered: Mapping[str, Any]) -> dict[str
 
 def informative_groups(rollout: Rollout, prepared: Rollout, config: Any) -> Array:
     """[groups] of a rollout: whether a present row has an advantage other than 0 when it is
-    prepared. Where there are no advantages, or a teacher teaches too, whether a row is present.
+    prepared, with other rows behind them or none. Where there are no advantages, or a teacher
+    teaches too, whether a row is present.
     """
     teaches = prepared.mask
     if prepared.advantages is not None and not config.needs_teacher:
         teaches &= prepared.advantages.reshape(len(teaches), -1) != 0  # NaN too
-    of_rows = jnp.any(teaches, axis=1)[: len(rollout.tokens)]  # ``prepare`` may add rows
+    of_rows = jnp.any(teaches, axis=1)[: len(rollout.tokens)]
     return jnp.any(of_rows.reshape(-1, config.group_size), axis=1)
 
 
@@ -423,9 +418,10 @@ def updater(
 
     Its metrics are those of ``loss`` with ``loss``, ``grad_norm`` and ``nonfinite``, averaged over
     the steps (``ratio_max``, ``nonfinite``: the maximum), ``rollout_metrics`` and, if advantages
-    are all that it learns from, ``reward/equal_share`` of ``informative_groups``. Its config is a
-    ``Batching``, or any frozen dataclass; what it leaves out is that of ``types.AlgorithmConfig``.
-    A rollout that it would misread is a ValueError, see ``check``.
+    are all that it learns from and ``prepare`` keeps all groups, ``reward/equal_share`` of
+    ``informative_groups``. Its config is a ``Batching``, or any frozen dataclass; what it leaves
+    out is that of ``types.AlgorithmConfig``. A rollout that it would misread is a ValueError, see
+    ``check``; so are reference log-probs that functions of this package do not read.
 
     Args:
       prepare, loss: as in ``types.Algorithm``.
@@ -437,6 +433,8 @@ def updater(
         importance weights are otherwise constants. A loss with weights that stay constants, a
         surrogate with weights or a KL term, is a ValueError then.
     """
+    # What others write may read the reference's log-probs; ours do in a KL term alone.
+    is_ours = all(getattr(f, "__module__", "").startswith("rlhf_jax.") for f in (prepare, loss))
 
     def update_policy(
         state: State,
@@ -453,6 +451,12 @@ def updater(
         ``loss``; see ``policy.updater``."""
         complete(config)
         check(rollout, config)
+        is_unread = rollout.ref_log_probs is not None and rollout.rewards is None
+        if is_unread and is_ours and isinstance(config, Config) and not config.kl_in_loss:
+            raise ValueError(
+                "rollout.ref_log_probs are given, and no KL is learned from: set kl_loss_coef, or "
+                "give rewards=rewards.kl_shaped(rollout, kl_coef); or ref_log_probs=None"
+            )
         own_key = jax.random.fold_in(key, 2 * config.num_epochs)  # behind those of the passes
         own = wanted(prepare, {"state": state, "key": own_key, "policy_fn": policy_fn})
         prepared = prepare(rollout, config=config, axis_name=axis_name, **own)
@@ -500,7 +504,9 @@ def updater(
         if advance is not None:
             advanced = advance(state, prepared, config=config, axis_name=axis_name)
             state = jax.tree.map(partial(jnp.where, metrics["nonfinite"] == 0), advanced, state)
-        if prepared.advantages is not None and not config.needs_teacher:
+        is_whole = len(prepared.tokens) >= len(rollout.tokens)
+        is_whole &= len(rollout.tokens) % config.group_size == 0
+        if prepared.advantages is not None and is_whole and not config.needs_teacher:
             equal = ~informative_groups(rollout, prepared, config)
             share = ops.masked_mean(equal, jnp.ones_like(equal), axis_name=axis_name)
             metrics["reward/equal_share"] = share
@@ -510,5 +516,5 @@ def updater(
 
 
 def __getattr__(name: str) -> NoReturn:
-    instead = "; it went: policy.loss reads Config.ratio" if name == "of_rows" else ""
+    instead = "; it was removed: policy.loss reads Config.ratio" if name == "of_rows" else ""
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}{instead}")

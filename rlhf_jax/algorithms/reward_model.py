@@ -70,8 +70,9 @@ def answer_scores(
     scores = score_fn(params, rows, mask.reshape(rows.shape), key)
     if scores.shape != (rows.shape if are_steps else rows.shape[:1]):
         raise ValueError(
-            f"score_fn gives {scores.shape} for {rows.shape}: Demonstrations with marks of steps "
-            "need models.score_fn(model, at_tokens=True), Comparisons one without at_tokens"
+            f"score_fn gives scores {scores.shape} of rows {rows.shape}: Demonstrations with marks "
+            "of steps need one of each token, models.score_fn(model, at_tokens=True), Comparisons "
+            "one of each row"
         )
     return scores.reshape(tokens.shape if are_steps else tokens.shape[:2])
 
@@ -114,11 +115,13 @@ def loss(
     scores = answer_scores(score_fn, params, comparisons, key)
     if isinstance(comparisons, Demonstrations):
         marks = known(comparisons.response_mask)
-        if marks is not None and np.max(marks) == 1 and np.any(marks[:, 1:] * marks[:, :-1]):
-            raise ValueError(
-                "response_mask marks whole responses, as for SFT: mark the last token of each step "
-                "alone, by 2 if the step is right and 1 if it is wrong"
-            )
+        if marks is not None and np.max(marks) == 1:
+            several = marks[np.sum(marks, axis=1) > 1]
+            if len(several) and np.all(np.any(several[:, 1:] * several[:, :-1], axis=1)):
+                raise ValueError(
+                    "response_mask marks whole responses, as for SFT: mark the last token of each "
+                    "step alone, by 2 if the step is right and 1 if it is wrong"
+                )
         is_end = comparisons.mask
         signed = ops.masked(jnp.where(comparisons.response_mask == 2, scores, -scores), is_end)
         mean = losses.aggregate(-jax.nn.log_sigmoid(signed), is_end)
@@ -151,7 +154,7 @@ def loss(
             f"a comparison needs at least 2 answers, got tokens {comparisons.tokens.shape} and no "
             "targets"
         )
-    best = ops.best_of(best, (num_rows,), num_answers)
+    best = ops.best_of(best, jnp.any(present, axis=1), num_answers)
     entered = jnp.where(present, scores, -jnp.inf)
     per_row = losses.comparison(entered, best, margin, config.centering)
     is_best = jnp.arange(num_answers)[None, :] == best[:, None]

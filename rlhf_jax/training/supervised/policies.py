@@ -11,6 +11,7 @@ from jax import Array
 from rlhf_jax import losses, models, ops
 from rlhf_jax.config import Answering
 from rlhf_jax.policies import as_policy
+from rlhf_jax.runs import processes
 from rlhf_jax.training.common import initial, memory
 from rlhf_jax.training.common.optimizer import check_frozen
 from rlhf_jax.training.common.progress import TRAIN, Validation, in_order
@@ -138,7 +139,9 @@ def validate(
     """
     found: list[Any] = []  # the metrics of each batch, each a mean or a maximum
     for rows in in_order(job.held_out, job.settings.batch_size):
-        found.append(learner.measure(state, job.run.layout.shard(job.batch(rows))))
+        of_batch = learner.measure(state, job.run.layout.shard(job.batch(rows)))
+        # At once: several devices of a CPU stand for ever when dozens of programs wait.
+        found.append(processes.fetch(of_batch))
     totals: dict[str, Any] = {}
     for name in found[0]:
         total = reduce(lambda one, other: one.merge(other), [metrics[name] for metrics in found])
