@@ -222,7 +222,8 @@ def test_the_mask_of_sft_marks_no_steps():
         loss_of(jnp.zeros((2, 4)), np.array([[0, 1, 1, 1], [0, 0, 1, 1]]))
     right = [[0, 1, 1, 2], [0, 0, 1, 1]]
     one_token = [[0, 1, 1, 0], [1, 0, 1, 0]]
-    for marks in ([[0, 1, 0, 1], [0, 0, 1, 0]], right, one_token, [[0] * 4] * 2):
+    one_step = [[0, 0, 1, 0], [0, 0, 0, 1]]
+    for marks in ([[0, 1, 0, 1], [0, 0, 1, 0]], right, one_token, one_step, [[0] * 4] * 2):
         loss_of(jnp.zeros((2, 4)), np.array(marks))
     with pytest.raises(ValueError, match=r"response_mask marks whole responses"):
         loss_of(jnp.zeros((2, 4)), np.array([[0, 1, 1, 1], [0, 0, 1, 0]]))

@@ -511,6 +511,9 @@ def test_labels_that_a_loss_does_not_read_are_refused():
                 loss(batch.replace(best=np.array([0, wrong, 0])))
             missing = batch.response_mask.at[1].set(0)
             loss(batch.replace(best=np.array([0, wrong, 0]), response_mask=missing))
+    one_missing = of_four.replace(response_mask=of_four.response_mask.at[1, 2].set(0))
+    with pytest.raises(ValueError, match="from 0 to 3, got 4"):
+        by_scores(one_missing.replace(best=np.array([0, 4, 0])))
 
 
 @pytest.mark.parametrize("weight", [-0.1, 1.1, float("nan")])
