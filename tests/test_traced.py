@@ -54,7 +54,8 @@ class Traced(shapes.Case):
 
     @functools.cached_property
     def mesh(self):
-        return jax.sharding.AbstractMesh(self.sizes, ("data", "fsdp", "tensor"))
+        kinds = (jax.sharding.AxisType.Auto,) * 3
+        return jax.sharding.AbstractMesh(self.sizes, ("data", "fsdp", "tensor"), kinds)
 
     @property
     def own(self):
