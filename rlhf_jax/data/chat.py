@@ -31,7 +31,7 @@ import jinja2.sandbox
 import numpy as np
 
 from rlhf_jax.data.conversation import is_answered, said, text_of
-from rlhf_jax.data.rows import BadRow, Message, Messages, Row, Text, Tools, common_length
+from rlhf_jax.data.rows import BadRow, Fields, Message, Messages, Row, Text, Tools, common_length
 from rlhf_jax.data.tokenizers import Tokenizer, named_templates, stored_templates
 from rlhf_jax.errors import UserError
 
@@ -102,8 +102,8 @@ class ChatTemplate:
 
     source: str = PLAIN
     tokenizer: Tokenizer | None = None
-    special_tokens: Mapping[str, str] = field(default_factory=dict)
-    """bos_token and the like, by the template's names."""
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    """bos_token and the like, and what a row sets, by the template's names."""
     tools_source: str = ""
     """The template of conversations with tools, if the folder has its own (``tool_use``)."""
     names: tuple[str, ...] = ()
@@ -111,6 +111,18 @@ class ChatTemplate:
     without tools are refused."""
     reads_plain: bool = False
     """Whether a plain prompt is a user's message of this template."""
+    _characters: dict[str, str] = field(default_factory=dict)
+    """The character of private use that stands for a text."""
+
+    def with_variables(self, variables: Fields, where: str) -> "ChatTemplate":
+        """The template with a row's variables. Raises `BadRow` as `prompt`."""
+        hidden = self._hidden(variables, "chat_template_kwargs", where)
+        return replace(self, variables={**self.variables, **hidden}) if hidden else self
+
+    def prompt_of(self, row: Row) -> Text:
+        """`prompt` of a row's messages with its tools and variables."""
+        own = self.with_variables(row.variables, row.source)
+        return own.prompt(row.messages, row.source, tools=row.tools)
 
     def prompt(self, messages: Messages, where: str, after: str = "", tools: Tools = None) -> Text:
         """The conversation and the opening of the next assistant turn, or, if the last message is
@@ -142,7 +154,8 @@ class ChatTemplate:
         which of them are learned; one for each learned turn if the template rewrites earlier turns
         or, as `PLAIN`, ends no turn with a token.
 
-        If ``before`` and ``answer`` meet inside a turn of the assistant, it is one message: its
+        What stands before a learned turn is tokenised by itself, as in `prompt`. If ``before`` and
+        ``answer`` meet inside a turn of the assistant, it is one message: its
         beginning is given, its end learned.
 
         Args:
@@ -164,10 +177,10 @@ class ChatTemplate:
             whole = turns[-1][0]
             if learns[-1] < len(messages) - 1:
                 whole, _ = self._rendered(joined, tools)
-            spans = [span for _, own in turns for span in own]
-            if all(whole.startswith(text[: own[-1][1]]) for text, own in turns if own):
-                turns = [(whole, spans)]
-            parts = [self._encode(text, own) for text, own in turns]
+            if all(whole.startswith(text[: own[-1][1]]) for text, own, _ in turns if own):
+                spans = [span for _, own, _ in turns for span in own]
+                turns = [(whole, spans, [cut for *_, cuts in turns for cut in cuts])]
+            parts = [self._encode(*turn) for turn in turns]
             encoded = [Encoded(tuple(ids), learned) for ids, learned in parts]
         if not any(any(one.learned) for one in encoded):
             raise BadRow(where, "the chat template writes nothing of the turns to learn")
@@ -196,7 +209,8 @@ class ChatTemplate:
             end = rendered.rindex(content, 0, close) + len(content)
             if ends and self.end_of_turn is not None:
                 rendered = rendered[: end + self._end_in(rendered[end:])]
-            return self._encode(rendered)[0]
+            opening, _ = self._rendered(messages, None, _opening_of(messages))
+            return self._encode(rendered, cuts=_cuts(opening, rendered))[0]
 
     def unwritten(self, row: Row) -> set[str]:
         """What a row has and the template leaves out: keys that it never names, and what stands in
@@ -210,8 +224,7 @@ class ChatTemplate:
             contents = [response for response in row.responses if isinstance(response, str)]
         turns += row.messages
         has = {key for turn in turns for key, value in turn.items() if value} - _KNOWN
-        if row.tools:
-            has.add("tools")
+        has |= row.variables.keys() | ({"tools"} if row.tools else set())
         source = self._source_for(row.tools)
         left_out = {key for key in has if not re.search(rf"\b{re.escape(key)}\b", source)}
         tags = {tag for content in contents for tag in _CLOSING.findall(content)}
@@ -279,10 +292,10 @@ class ChatTemplate:
 
     def _turn(
         self, messages: Messages, begun: Message | None, tools: Tools
-    ) -> tuple[str, list[Span]]:
-        """The conversation up to its last turn, and what is learned of that turn: what follows the
-        opening of a turn, or the message that the turn begins with. A turn that no special token
-        ends gets EOS, and nothing of the template behind it.
+    ) -> tuple[str, list[Span], list[int]]:
+        """The conversation up to its last turn, what is learned of that turn, and where it is cut:
+        behind the opening of a turn, or the message that the turn begins with. A turn that no
+        special token ends gets EOS, and nothing of the template behind it.
         """
         assert self.tokenizer is not None
         text, spans = self._rendered(messages, tools)
@@ -300,7 +313,8 @@ class ChatTemplate:
                     raise ValueError("it writes a turn of the assistant otherwise than it opens it")
                 turn = text[text.rindex(tail) + len(tail) :]
                 end = self._end_in(turn) or len(turn)
-                return opening + turn, [(len(opening), len(opening) + end)]
+                return opening + turn, [(len(opening), len(opening) + end)], [len(opening)]
+        cuts = _cuts(opening, text)
         start = common_length(opening, text)
         if start < len(opening) and not begun:  # it opens an answer as this one does not begin
             probe, _ = self._rendered([*before, _ANSWERS], tools)
@@ -308,13 +322,13 @@ class ChatTemplate:
                 start = min(start, probe.rindex(_PROBE))
         if _GENERATION.search(self._source_for(tools)):
             least = start if begun else 0
-            return text, [(max(least, first), end) for first, end in spans if end > start]
+            return text, [(max(least, first), end) for first, end in spans if end > start], cuts
         end = self._end_in(text[start:])
         if end:
-            return text, [(start, start + end)]
+            return text, [(start, start + end)], cuts
         ended = text.removesuffix(self._closing_text)
         ended += self.tokenizer.spelled([self.tokenizer.eos_id])
-        return ended, [(start, len(ended))]
+        return ended, [(start, len(ended))], cuts
 
     def _plain_turn(self, messages: Messages, number: int) -> Encoded:
         """The conversation up to a turn, as `PLAIN` writes it."""
@@ -339,7 +353,7 @@ class ChatTemplate:
             chat_template=(_TODAY if "strftime_now" in source else "") + source,
             return_assistant_tokens_mask=marks,
             **options,
-            **self.special_tokens,
+            **self.variables,
         )
         return rendered, spans[0] if marks else []
 
@@ -347,23 +361,25 @@ class ChatTemplate:
         is_for_tools = self.tools_source and (tools or not self.source)
         return self.tools_source if is_for_tools else self.source
 
-    def _encode(self, rendered: str, spans: Sequence[Span] = ()) -> tuple[list[int], list[bool]]:
-        """The ids of a text, and which of them overlap a span. A token without characters, such as
-        the space that SentencePiece puts first, is learned if it stands in a span.
+    def _encode(
+        self, rendered: str, spans: Sequence[Span] = (), cuts: Sequence[int] = ()
+    ) -> tuple[list[int], list[bool]]:
+        """The ids of a text, of which none joins what a cut divides, and which of them overlap a
+        span. A token without characters, such as the space that SentencePiece puts first, is
+        learned if it stands in a span.
         """
         assert self.tokenizer is not None
         ids: list[int] = []
         offsets: list[Span] = []
         place = 0
         hidden = {character: text for text, character in self._characters.items()}
-        for number, piece in enumerate(_PRIVATE.split(rendered)):
-            backend = self.tokenizer.with_special_tokens
-            text = piece
-            if number % 2:
-                backend = self.tokenizer.backend
-                text = hidden.get(piece, piece)
-            own, places = self.tokenizer.encode_inside(text, backend, begins=not number)
-            if number % 2:
+        parts = itertools.pairwise([0, *cuts, len(rendered)])
+        for piece in (p for first, end in parts for p in _PRIVATE.split(rendered[first:end])):
+            is_hidden = _PRIVATE.fullmatch(piece)
+            backend = self.tokenizer.backend if is_hidden else self.tokenizer.with_special_tokens
+            text = hidden.get(piece, piece)
+            own, places = self.tokenizer.encode_inside(text, backend, begins=not place)
+            if is_hidden:
                 self.tokenizer.check_text(text, own)
                 places = [(0, 1)] * len(own)
             ids += own
@@ -433,11 +449,6 @@ class ChatTemplate:
         return re.sub(f"{self.tokenizer.special_pattern}|{_PRIVATE.pattern}", hide, value)
 
     @cached_property
-    def _characters(self) -> dict[str, str]:
-        """The character of private use that stands for a text."""
-        return {}
-
-    @cached_property
     def _special(self) -> tuple[str, ...]:
         return () if self.tokenizer is None else tuple(self.tokenizer.special_tokens)
 
@@ -463,6 +474,11 @@ def plain(messages: Messages, how: str = "") -> str:
 
 def _opening_of(messages: Messages) -> str:
     return "continue_final_message" if is_answered(messages) else "add_generation_prompt"
+
+
+def _cuts(opening: str, text: str) -> list[int]:
+    """Where the text behind an opening begins, which sampling reads alone."""
+    return [len(opening)] if text.startswith(opening) else []
 
 
 def _behind_probe(text: str) -> str:
@@ -705,12 +721,12 @@ def rendered(
       BadRow: no turn is learned, the template fails, or a preference has no single text.
     """
     if not all(isinstance(response, str) for response in row.responses) or not row.responses:
-        prompt = template.prompt(row.messages, row.source, tools=row.tools)
-        return [replace(row, prompt=prompt)]
+        return [replace(row, prompt=template.prompt_of(row))]
     answers = row.answers or tuple(
         [{"role": "assistant", "content": response}] for response in row.responses
     )
     row = replace(row, answers=answers)
+    template = template.with_variables(row.variables, row.source)
     of_answers = []
     for answer in answers:
         learned = _learned(row, answer, last)

@@ -12,12 +12,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlhf_jax.data import rows
-from rlhf_jax.data.rows import Fields, Message, Record, Tools, common_length
+from rlhf_jax.data.rows import BadRow, Fields, Message, Record, common_length
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 NO_RESPONSE = "dialogue without a last response"
 APART = "dialogues differ before the last response"
 _OTHER_TEXTS = ("reasoning_content", "name", "tool_call_id")
+VARIABLES = "chat_template_kwargs"
+# What transformers and the row itself give a template.
+_TAKEN = {"messages", "tools", "documents", "conversations", "chat_template", "tokenize"}
+_TAKEN |= {"add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask"}
+_PLACES = (("messages",), ("prompt",), ("instruction",), ("chosen", "rejected"))
 
 
 def is_chat(row: Fields, *keys: str) -> bool:
@@ -59,46 +64,123 @@ def said(message: Message) -> bool:
     )
 
 
+def says(role: str, content: Any) -> Message:
+    """A message."""
+    return {"role": role, "content": content}
+
+
+def begun(row: Fields) -> Fields:
+    """The row with what stands before its conversation in keys of their own as its first messages:
+    the text of ``system`` or ``system_prompt``, and the questions and answers of ``history``.
+
+    Raises:
+      BadRow: without a place, if they cannot stand there.
+    """
+    place = next((keys for keys in _PLACES if row.keys() >= set(keys)), None)
+    if place is None:
+        return row
+    row = dict(row)
+    systems = [row.pop(key) for key in ("system", "system_prompt") if key in row]
+    before = [says("system", text) for text in dict.fromkeys(map(str, systems)) if text.strip()]
+    if len(before) > 1 or not all(isinstance(text, str) for text in systems):
+        raise BadRow("", "'system' or 'system_prompt' must be one text, the system's message")
+    history = row.get("history")
+    if isinstance(history, list) and all(isinstance(pair, list) for pair in history):
+        for question, answer in row.pop("history"):
+            before += [says("user", question), says("assistant", answer)]
+    for key in place if before else ():
+        asked = row[key]
+        if isinstance(asked, str) and len(place) == 1:
+            asked = [says("user", asked)]
+        if not are_turns(asked):
+            raise BadRow("", f"{key!r} must be messages behind a system's message or a history")
+        rest = before
+        if is_system(asked[0]) and is_system(before[0]):
+            if not _same(asked[0], before[0]):
+                raise BadRow("", f"'system' differs from the system's message of {key!r}")
+            rest = before[1:]
+        row[key] = [*asked[: len(before) - len(rest)], *rest, *asked[len(before) - len(rest) :]]
+    has_history = len(before) > 1 and row.keys() >= {"prompt", "response"}
+    if has_history and "desirable" not in row and isinstance(row["response"], str):
+        # Its answers are learned too.
+        row["messages"] = [*row.pop("prompt"), says("assistant", row.pop("response"))]
+    return row
+
+
+def is_system(message: Message) -> bool:
+    """Whether the system speaks."""
+    return message.get("role") in ("system", "developer")
+
+
+def _same(one: Message, other: Message) -> bool:
+    """Whether messages say the same, whatever their spaces and the keys that templates add."""
+    first, second = (
+        (is_system(turn) or turn.get("role"), _words(turn.get("content")), turn.get("tool_calls"))
+        for turn in (one, other)
+    )
+    return first == second
+
+
+def _words(content: Any) -> Any:
+    return content.split() if isinstance(content, str) else content
+
+
 def asked(record: Record, key: str) -> list[Message]:
     """The messages under ``key`` as a prompt. A last assistant turn of ``messages``, ``chosen`` and
     the like is an answer and left out; that of ``prompt`` is the beginning of one.
     """
-    found = messages_of(record, key)
-    if key == "prompt" or not is_answered(found):
+    found = (
+        messages_of(record, key) if key == "prompt" else list(itertools.chain(*_parts(record, key)))
+    )
+    if not is_answered(found):
         return found
     record.expect(len(found) > 1, f"{key!r} has no message before the assistant's")
     return found[:-1]
 
 
 def exchange(record: Record, key: str) -> tuple[list[Message], list[Message]]:
-    """The messages before the answer under ``key``, and the answer's turns.
-
-    If the row has a ``prompt`` (text or messages), the value under ``key`` (text or messages)
-    continues it, unless it repeats it. Without a prompt, the answer begins with the first turn of
-    the assistant. Raises `BadRow` if the answer does not end with an assistant's turn that says
-    something.
+    """The messages before the answer under ``key``, and the answer's turns: what follows the
+    ``prompt`` (`_parts`), or what begins with the first turn of the assistant. Raises `BadRow` if
+    the answer does not end with an assistant's turn that says something.
     """
-    row = record.value
-    before: list[Message] = []
-    if isinstance(row.get("prompt"), str):
-        before = [{"role": "user", "content": record.text("prompt")}]
-    elif row.get("prompt") is not None:
-        before = messages_of(record, "prompt")
-    if before and isinstance(row[key], str):
-        return before, [{"role": "assistant", "content": record.text(key)}]
-    found = messages_of(record, key)
+    before, found = _parts(record, key)
     record.expect(is_answered(found) and said(found[-1]), NO_RESPONSE)
+    if before:
+        return before, found
+    roles = [message["role"] for message in found]
+    first = roles.index("assistant")
+    record.expect(first > 0, f"{key!r} has no message before the assistant's")
+    return found[:first], found[first:]
+
+
+def _parts(record: Record, key: str) -> tuple[list[Message], list[Message]]:
+    """The messages of the row's ``prompt``, and those under ``key`` behind it: they continue it, or
+    repeat it first. Of a text that is another of their questions there are none: the messages are
+    the whole conversation.
+    """
+    prompt = record.value.get("prompt")
+    before: list[Message] = []
+    if isinstance(prompt, str):
+        before = [says("user", record.text("prompt"))]
+    elif prompt is not None:
+        before = messages_of(record, "prompt")
+    if before and isinstance(record.value[key], str):
+        return before, [says("assistant", record.text(key))]
+    found = messages_of(record, key)
     if not before:
-        roles = [message["role"] for message in found]
-        first = roles.index("assistant")
-        record.expect(first > 0, f"{key!r} has no message before the assistant's")
-        return found[:first], found[first:]
-    # They may hold the prompt themselves, perhaps after a system message.
-    for start in (0, 1):
-        end = start + len(before)
-        if found[start:end] == before and len(found) > end:
-            return found[:end], found[end:]
-    return before, found
+        return [], found
+    asks, turns = before[is_system(before[0]) :], found[is_system(found[0]) :]
+    systems = [turn for turn in (before[0], found[0]) if is_system(turn)]
+    is_one = len(systems) < 2 or _same(*systems)
+    record.expect(is_one, f"the system's messages of 'prompt' and {key!r} differ")
+    if len(turns) >= len(asks) and all(map(_same, asks, turns)):
+        return [*systems[:1], *turns[: len(asks)]], turns[len(asks) :]
+    if is_answered(before) or not turns or turns[0]["role"] != "user":
+        return [*systems[:1], *asks], turns
+    is_there = isinstance(prompt, str) and any(_same(asks[0], turn) for turn in turns)
+    what = f"{key!r} does not begin with 'prompt' and does not hold it; leave one of the two out"
+    record.expect(is_there, what)
+    return [], found
 
 
 def pair(
@@ -108,28 +190,40 @@ def pair(
     record.require(keys)
     before, chosen = exchange(record, keys[0])
     other, rejected = exchange(record, keys[1])
-    given = len(before) if record.value.get("prompt") is not None else 0
+    given = len(before) if isinstance(record.value.get("prompt"), list) else 0
     first, second = before + chosen, other + rejected
     count = common_length(first, second)
     has_prompt = any(turn["role"] not in ("system", "developer") for turn in first[:count])
     record.expect(has_prompt and count >= given, APART)
+    is_part = first != second and count == min(len(first), len(second))
+    record.expect(not is_part, "one answer is the beginning of the other one")
     return first[:count], first[count:], second[count:]
 
 
-def tools_of(record: Record) -> Tools:
-    """The tools of a row: a list of JSON schemas, or the JSON text of one; None without any."""
-    value = record.value.get("tools") if isinstance(record.value, dict) else None
-    if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            record.expect(False, f"'tools' is no list in JSON: {error}")
-    if not value:
-        return None
-    is_list = isinstance(value, list) and all(isinstance(tool, dict) for tool in value)
-    record.expect(is_list, "'tools' must be a list of objects or its JSON text", value)
-    tools: list[Fields] = value
-    return tools
+def written(record: Record) -> dict[str, Any]:
+    """What a row gives the chat template beside its messages, as `Row` has it: ``tools``, a list of
+    JSON schemas, and ``variables``, its ``chat_template_kwargs``. Each may be JSON text.
+    """
+    tools = _unpacked(record, "tools") or None
+    is_list = isinstance(tools, list | None) and all(isinstance(tool, dict) for tool in tools or ())
+    record.expect(is_list, "'tools' must be a list of objects or its JSON text", tools)
+    variables = _unpacked(record, VARIABLES) or {}
+    record.expect(isinstance(variables, dict), f"{VARIABLES!r} must be an object", variables)
+    taken = [name for name in variables if name in _TAKEN or name.endswith("_token")]
+    record.expect(not taken, f"{VARIABLES!r} may not set {', '.join(taken)}")
+    given = {name: value for name, value in variables.items() if value is not None}
+    return {"tools": tools, "variables": given}
+
+
+def _unpacked(record: Record, key: str) -> Any:
+    """The value under a key, which may be its JSON text."""
+    value = record.value.get(key) if isinstance(record.value, dict) else None
+    if not isinstance(value, str) or not value.strip():
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise BadRow(record.source, f"{key!r} is not JSON: {error}") from error
 
 
 def messages_of(record: Record, key: str) -> list[Message]:

@@ -357,7 +357,7 @@ def _shortened(
 
     @cache
     def kept(start: int) -> Ids:
-        text = of_chat.prompt([*of_system, *row.messages[start:]], row.source, tools=row.tools)
+        text = of_chat.prompt_of(replace(row, messages=[*of_system, *row.messages[start:]]))
         [ids] = prompt_ids([replace(row, prompt=text)], tokenizer, template)
         return ids
 

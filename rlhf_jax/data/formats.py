@@ -409,7 +409,7 @@ def keys_read(row: Fields, kind: Kind) -> set[str]:
     if kind == "demonstrations":
         keys.add("desirable")
     if conversation.is_chat(row, "messages", "prompt", "response", *PAIR):
-        keys.add("tools")
+        keys |= {"tools", conversation.VARIABLES}
     return keys.intersection(row)
 
 
@@ -423,6 +423,7 @@ def _unread(value: Any, kind: Kind) -> list[str]:
         return [key for key in value if key not in NO_COLUMNS]
     read = keys_read(value, kind)
     copies = [id(value[key]) for key in read]
+    copies += [id(item) for key in read if isinstance(value[key], list) for item in value[key]]
     return [key for key in value if key not in read and id(value[key]) not in copies]
 
 
@@ -437,11 +438,9 @@ def parse(
       Drop: training cannot use the row.
     """
     parsed = _parse(kind, record)
-    tools = conversation.tools_of(record)
-    if tools is not None:
-        parsed = [replace(row, tools=tools) for row in parsed]
+    written = conversation.written(record)
     result = []
-    for row in parsed:
+    for row in (replace(row, **written) for row in parsed):
         is_text = not row.messages
         last, feedback = turns == "last", kind == "feedback"
         result += [row] if is_text else rendered(row, template, last=last, is_feedback=feedback)
@@ -496,7 +495,7 @@ def _asked(record: Record) -> Text | Messages:
     if not has_turns and ("prompt" in row or answer == "response"):
         record.require(("prompt",))
         return record.text("prompt")
-    if has_turns and answer == "chosen" and "prompt" not in row:
+    if has_turns and answer == "chosen":
         is_pair = "rejected" in row
         return conversation.pair(record, PAIR)[0] if is_pair else conversation.asked(record, answer)
     return _exchange(record, answer)[0]
@@ -511,7 +510,7 @@ def _demonstration(record: Record) -> Row:
     form = form_of(row)
     if form == ("demonstrations", "text"):
         return Row("", (record.text("text"),), record.source)
-    if "responses" in row or form.kind == "annotated":
+    if ("responses" in row and "response" not in row) or form.kind == "annotated":
         comparison, ranks = _answers(record)
         _check_ranked(record, ranks, "demonstrations")
         best = comparison.responses[ranks.index(min(ranks))]

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
-from rlhf_jax.data.conversation import are_turns
+from rlhf_jax.data.conversation import are_turns, begun, is_answered, says
 from rlhf_jax.data.rows import BadRow, Drop, Fields, Kind, Message, Record, kind
 from rlhf_jax.errors import UserError, did_you_mean
 
@@ -81,8 +81,7 @@ class PublicForm:
     """The keys that tell the form, divided by spaces, with our names: ``OURS=THEIRS``, ``KEY`` (of
     the same name as ours) or ``=KEY`` (not read)."""
     also: str = ""
-    """Keys that it has only sometimes, in the same way. ``system`` and ``history``, questions with
-    their answers, stand before the prompt."""
+    """Keys that it has only sometimes, in the same way."""
     without: str = ""
     """A record with one of these keys has another form."""
     fits: Callable[[Fields], bool] = bool
@@ -181,6 +180,7 @@ def converted(record: Record, columns: Mapping[str, str]) -> list[Record]:
     if not isinstance(row, dict):
         return [record]
     form = None
+    row = {key: value for key, value in row.items() if value is not None}
     try:
         values = {ours: _joined(row, theirs) for ours, theirs in columns.items()}
         given = {ours: value for ours, value in values.items() if value is not None}
@@ -197,13 +197,13 @@ def converted(record: Record, columns: Mapping[str, str]) -> list[Record]:
                 for key in row:
                     for near in meant(key, tuple(row)):
                         _check(False, f"has no known form; did you mean {near!r} by {key!r}?")
-            return [Record(_in_turns(row), record.source)]
+            return [Record(begun(_in_turns(row)), record.source)]
         _check(not form.refused, form.refused)
         read = form.read(row) if form.read else {}
         several = read if isinstance(read, list) else [_renamed(row, form) | read]
         rest = {key: value for key, value in row.items() if key not in form.known}
         kept = {key: value for key, value in given.items() if key not in form.known}
-        rows = [_in_turns(rest | values | kept) for values in several]
+        rows = [begun(_in_turns(rest | values | kept)) for values in several]
     except BadRow as error:
         raise type(error)(record.source, error.what) from error
     except _BROKEN as error:
@@ -291,17 +291,7 @@ def _renamed(row: Fields, form: PublicForm) -> Fields:
     for ours, theirs in _renamings(form.also):
         if ours and (value := _joined(row, theirs)):
             values[ours] = value
-    system = values.pop("system", None)
-    before = [_says("system", system)] if system else []
-    for question, answer in values.pop("history", None) or []:
-        before += [_says("user", question), _says("assistant", answer)]
-    if not before:
-        return values
-    asked = values["messages"] if "messages" in values else values.pop("prompt")
-    turns = [*before, *([_says("user", asked)] if isinstance(asked, str) else asked)]
-    if values.keys() == {"response"}:  # whose history is learned too
-        return {"messages": [*turns, _says("assistant", values["response"])]}
-    return values | {"messages" if "messages" in values else "prompt": turns}
+    return values
 
 
 def _in_turns(row: Fields) -> Fields:
@@ -395,10 +385,6 @@ def _unpacked(what: str, value: Any) -> Any:
 # --- What the forms of the table compute
 
 
-def _says(role: str, content: Any) -> Message:
-    return {"role": role, "content": content}
-
-
 def _are_texts(value: Any) -> bool:
     return isinstance(value, list) and value != [] and all(isinstance(i, str) for i in value)
 
@@ -430,9 +416,19 @@ def _summary(text: str) -> str:
     return f" {text.lstrip()}"
 
 
-def _alternating(row: Fields) -> Fields:
+def _binarised(row: Fields) -> Fields:
+    """The messages are the prompt, or the chosen conversation once more."""
+    if not is_answered(row["messages"]):
+        return {"prompt": row["messages"]}
+    *_, chosen = row["chosen"] if are_turns(row["chosen"]) else [says("assistant", row["chosen"])]
+    is_same = row["messages"][-1].get("content") == chosen.get("content")
+    _check(is_same, "'messages' do not end with the answer of 'chosen'; leave one of the two out")
+    return {}
+
+
+def _alternating(texts: list[str]) -> Fields:
     roles = itertools.cycle(("user", "assistant"))
-    return {"messages": list(map(_says, roles, row["conversations"]))}
+    return {"messages": list(map(says, roles, texts))}
 
 
 def _compared_summaries(row: Fields) -> Fields:
@@ -443,41 +439,56 @@ def _compared_summaries(row: Fields) -> Fields:
 
 def _conversation(row: Fields) -> Fields:
     """Messages, as in WildChat, or questions with their answers, as in ms-swift or Capybara."""
-    turns = [_says("system", row["system"])] if row.get("system") else []
+    turns = []
     for turn in row["conversation"]:
         if _is_turn(turn):
             turns.append(turn)
             continue
         asked, answer = ("human", "assistant") if "human" in turn else ("input", "output")
-        turns += [_says("system", turn["system"])] if turn.get("system") else []
-        turns += [_says("user", turn[asked]), _says("assistant", turn[answer])]
+        turns += [says("system", turn["system"])] if turn.get("system") else []
+        turns += [says("user", turn[asked]), says("assistant", turn[answer])]
     return {"messages": turns}
 
 
 def _arena(row: Fields) -> Fields:
-    votes = {"model_a": 0, "model_b": 1, "tie": None, "tie (bothbad)": None}
-    _check(row["winner"] in votes, f"'winner' must be one of {', '.join(votes)}")
-    return _preferred(row, "conversation_a conversation_b", votes[row["winner"]])
+    """The vote is on the answers to the first ``turn`` questions, of which there may be more."""
+    vote = str(row["winner"])
+    if vote.startswith("tie") or vote in ("both_bad", "bothbad"):
+        raise Drop("", NO_WINNER)
+    votes = ("model_a", "model_b")
+    _check(vote in votes, f"'winner' must be one of {', '.join(votes)}, tie, both_bad")
+    judged = {}
+    for key in ("conversation_a", "conversation_b"):
+        turns = list(map(_message, row[key]))
+        starts = [n for n, turn in enumerate(turns) if turn["role"] == "user"] + [len(turns)]
+        number = row.get("turn", len(starts) - 1)
+        is_there = type(number) is int and 0 < number < len(starts)
+        _check(
+            is_there, f"'turn' must be the number of a question in {key!r}, found {number!r:.40}"
+        )
+        judged[key] = turns[: starts[number]]
+    return _preferred(judged, "conversation_a conversation_b", votes.index(vote))
 
 
 def _arena_votes(row: Fields) -> Fields:
     conversations: Fields = {}
+    questions = _unpacked("'prompt'", row["prompt"])
     for side in ("response_a", "response_b"):
-        pairs = (_unpacked(repr(key), row[key]) for key in ("prompt", side))
-        conversations[side] = []
-        for question, answer in zip(*pairs, strict=True):
-            conversations[side] += [_says("user", question), _says("assistant", answer)]
+        answers = _unpacked(repr(side), row[side])
+        what = f"'prompt' has {len(questions)} questions, and {side!r} {len(answers)} answers"
+        _check(len(questions) == len(answers), what)
+        pairs = zip(questions, answers, strict=True)
+        conversations[side] = [
+            turn for asked, said in pairs for turn in (says("user", asked), says("assistant", said))
+        ]
     has_won = [int(row["winner_model_a"]), int(row["winner_model_b"])]
     winner = has_won.index(1) if sum(has_won) == 1 else None
     return _preferred(conversations, "response_a response_b", winner)
 
 
 def _samples(row: Fields) -> Fields:
-    keys = itertools.takewhile(row.__contains__, map("sample{}".format, itertools.count()))
-    samples = [row[key] for key in keys]
-    # A table has the same columns in all rows: a row with fewer samples has empty ones at its end.
-    while samples and samples[-1] is None:
-        samples.pop()
+    last = max(int(key[6:]) for key in row if re.fullmatch("sample[0-9]{1,2}", key))
+    samples = [row.get(f"sample{number}") for number in range(last + 1)]
     given = [row[key] for key in ("query", "prompt") if key in row]
     return {"responses": samples} | ({"prompt": given[0]} if given else {})
 
@@ -490,8 +501,51 @@ def _right_and_wrong(row: Fields) -> Fields:
 
 
 def _scored(row: Fields) -> Fields:
-    scores = row.get("targets") or [answer["overall_score"] for answer in row["completions"]]
+    scores = row.get("targets") or [answer.get("overall_score") for answer in row["completions"]]
+    for number, score in enumerate(scores, 1):
+        what = f"completion {number} of UltraFeedback has no number as its 'overall_score'"
+        _check(isinstance(score, int | float), what)
     return {"targets": scores, "ranks": [-score for score in scores]}
+
+
+def _rated_steps(row: Fields) -> Fields:
+    """The chosen step at each place, and what the last one was rated, as in Lightman et al. (2023):
+    -1 is wrong; 0, neutral, is right. A step that a person wrote is right.
+    """
+    steps: Fields = {"steps": [], "labels": []}
+    for place in row["label"]["steps"]:
+        rated = place["completions"][place["chosen_completion"] or 0 :][:1]
+        step = place["human_completion"] or rated[0]
+        rating = 1 if place["human_completion"] else step["rating"]
+        if rating is None:
+            break
+        steps["steps"].append(step["text"])
+        steps["labels"].append(rating >= 0)
+    if not steps["steps"]:
+        raise Drop("", "no step has a rating")
+    return steps
+
+
+def _marked_steps(row: Fields) -> Fields:
+    """Each step ends with a mark, in whose place the label has + or - (Wang et al. 2024)."""
+    marks = [match.start() for match in re.finditer(_MARK, row["input"])]
+    label = row["label"]
+    signs = [label[place - n : place - n + 1] for n, place in enumerate(marks)]
+    *steps, rest = row["input"].split(_MARK)
+    prompt, first, begun_step = steps[0].partition("Step 1:")
+    is_whole = len(label) == len(row["input"]) - len(marks) and {*signs} <= {"+", "-"}
+    _check(is_whole and first and not rest.strip(), f"each step must end with {_MARK}, + or -")
+    texts = [first + begun_step, *steps[1:]]
+    labels = [sign == "+" for sign in signs]
+    return {"prompt": prompt.strip(), "steps": list(map(str.strip, texts)), "labels": labels}
+
+
+def _up_to_first_error(row: Fields) -> Fields:
+    """The label is the number of the first wrong step, behind which none is judged; -1: none is."""
+    steps, wrong = row["steps"], row["label"]
+    _check(type(wrong) is int and -1 <= wrong < len(steps), "'label' must be -1 or that of a step")
+    judged = steps if wrong < 0 else steps[: wrong + 1]
+    return {"steps": judged, "labels": [number != wrong for number in range(len(judged))]}
 
 
 def _are_ranked(value: Any) -> bool:
@@ -508,7 +562,7 @@ def _trees(row: Fields) -> list[Fields]:
     while waiting:
         message, before = waiting.pop(0)
         role = "user" if message["role"] == "prompter" else "assistant"
-        turns = [*before, _says(role, message["text"])]
+        turns = [*before, says(role, message["text"])]
         replies = message.get("replies") or []
         answers = [reply for reply in replies if reply["role"] == "assistant"]
         ranked = [reply for reply in answers if reply.get("rank") is not None]
@@ -522,53 +576,69 @@ def _trees(row: Fields) -> list[Fields]:
     return rankings
 
 
-_BEFORE = "system=system_prompt system history"
 _ONLY_IN_OURS = "prompt messages response responses chosen text"
+_SOLUTIONS = "solution generated_solution output completion reasoning rationale explanation"
+_MARK = "\N{CYRILLIC SMALL LETTER KA}\N{CYRILLIC SMALL LETTER I}"  # of Math-Shepherd
 
 FORMS = (
     # Demonstrations
     PublicForm(
         "ShareGPT",
         "messages=conversations",
-        also="system",
         fits=lambda row: not _are_texts(row["conversations"]),
     ),
     PublicForm(
         "LIMA",
         "=conversations",
         fits=lambda row: _are_texts(row["conversations"]),
-        read=_alternating,
+        read=lambda row: _alternating(row["conversations"]),
     ),
     PublicForm(
         "conversation",
         "=conversation",
-        also="=system",
         without=_ONLY_IN_OURS,
         read=_conversation,
     ),
-    PublicForm(
-        "Alpaca", "prompt=instruction+input+context response=output", also=f"{_BEFORE} =text"
-    ),
-    PublicForm("Dolly", "prompt=instruction+input+context response", also=_BEFORE),
-    PublicForm("OpenOrca", "prompt=question response", also=_BEFORE, without="prompt messages"),
-    PublicForm("ms-swift", "prompt=query response", also=_BEFORE, without="prompt messages"),
+    PublicForm("Alpaca", "prompt=instruction+input+context response=output", also="=text"),
+    PublicForm("Dolly", "prompt=instruction+input+context response"),
+    PublicForm("OpenOrca", "prompt=question response", without="prompt messages"),
+    PublicForm("ms-swift", "prompt=query response", without="prompt messages"),
     PublicForm(
         "input and output",
         "prompt=input response=output",
         without=f"{_ONLY_IN_OURS} instruction question",
     ),
     PublicForm("TRL prompt and completion", "prompt response=completion"),
+    PublicForm(
+        "Magpie",
+        "messages=conversations =instruction =response",
+        fits=lambda row: row["conversations"][-1].get("value") == row["response"],
+    ),
+    PublicForm(
+        "UltraChat",
+        "=data",
+        without=_ONLY_IN_OURS,
+        fits=lambda row: _are_texts(row["data"]),
+        read=lambda row: _alternating(row["data"]),
+    ),
+    PublicForm(
+        "xLAM",
+        "=query =answers tools",
+        read=lambda row: {
+            "messages": [
+                says("user", row["query"]),
+                says("assistant", "") | {"tool_calls": _calls(row["answers"])},
+            ]
+        },
+    ),
     PublicForm("OpenAI functions", "messages tools=functions"),
     # Pairs
-    PublicForm("ShareGPT preferences", "prompt=conversations chosen rejected", also="system"),
-    PublicForm(
-        "Alpaca preferences", "prompt=instruction+input+context chosen rejected", also=_BEFORE
-    ),
-    PublicForm("Orca pairs", "prompt=question chosen rejected", also=_BEFORE),
+    PublicForm("ShareGPT preferences", "prompt=conversations chosen rejected"),
+    PublicForm("Alpaca preferences", "prompt=instruction+input+context chosen rejected"),
+    PublicForm("Orca pairs", "prompt=question chosen rejected"),
     PublicForm(
         "ms-swift preferences",
         "prompt=query chosen=response rejected=rejected_response",
-        also=_BEFORE,
     ),
     PublicForm(
         "ms-swift messages",
@@ -587,7 +657,7 @@ FORMS = (
         "prompt=input.messages chosen=preferred_output rejected=non_preferred_output",
         also="tools=input.tools",
     ),
-    PublicForm("UltraFeedback, binarised", "prompt chosen rejected =messages"),
+    PublicForm("UltraFeedback, binarised", "prompt chosen rejected =messages", read=_binarised),
     PublicForm(
         "SHP",
         "prompt=history =human_ref_A =human_ref_B =labels",
@@ -618,7 +688,12 @@ FORMS = (
             row, "response1 response2", _stronger(row["overall_preference"])
         ),
     ),
-    PublicForm("arena conversations", "=conversation_a =conversation_b =winner", read=_arena),
+    PublicForm(
+        "arena conversations",
+        "=conversation_a =conversation_b =winner",
+        also="=turn",
+        read=_arena,
+    ),
     PublicForm(
         "arena votes",
         "=prompt =response_a =response_b =winner_model_a =winner_model_b",
@@ -669,6 +744,13 @@ FORMS = (
         },
     ),
     PublicForm(
+        "prompt, response and score",
+        "prompt response =score",
+        without="desirable messages responses chosen",
+        fits=lambda row: type(row["score"]) in (int, float),
+        read=lambda row: {"responses": [row["response"]], "targets": [row["score"]]},
+    ),
+    PublicForm(
         "OpenAI summaries, scores",
         "=info =summary",
         read=lambda row: {
@@ -691,30 +773,58 @@ FORMS = (
     ),
     PublicForm(
         "Open Assistant messages",
-        "message_id parent_id text role",
+        "message_id text role",
         refused="is one message of a tree, without those before and after it; give the file of "
         "trees",
     ),
     # Feedback
     PublicForm("TRL unpaired preferences", "prompt response=completion desirable=label"),
     PublicForm("messages with label", "messages desirable=label"),
-    PublicForm("ShareGPT with label", "messages=conversations desirable=label", also="system"),
-    PublicForm("ShareGPT with kto_tag", "messages=conversations desirable=kto_tag", also="system"),
+    PublicForm("ShareGPT with label", "messages=conversations desirable=label"),
+    PublicForm("ShareGPT with kto_tag", "messages=conversations desirable=kto_tag"),
     PublicForm(
         "Alpaca with kto_tag",
         "prompt=instruction+input+context response=output desirable=kto_tag",
-        also=_BEFORE,
     ),
     PublicForm("BeaverTails", "prompt response desirable=is_safe"),
-    PublicForm("ms-swift with label", "prompt=query response desirable=label", also=_BEFORE),
+    PublicForm("ms-swift with label", "prompt=query response desirable=label"),
     PublicForm("TRL stepwise", "prompt steps=completions labels"),
+    PublicForm(
+        "PRM800K",
+        "prompt=question.problem answer=question.ground_truth_answer =label",
+        read=_rated_steps,
+    ),
+    PublicForm(
+        "Math-Shepherd",
+        "=input =label",
+        fits=lambda row: isinstance(row["input"], str) and _MARK in row["input"],
+        read=_marked_steps,
+    ),
+    PublicForm("ProcessBench", "prompt=problem =steps =label", read=_up_to_first_error),
     # Tasks with a known answer, which is a column for the reward
-    PublicForm("GSM8K", "prompt=question response=answer answer", without=_ONLY_IN_OURS),
+    PublicForm(
+        "GSM8K",
+        "prompt=question response=answer answer",
+        without=f"{_ONLY_IN_OURS} {_SOLUTIONS}",
+    ),
+    PublicForm("LIMO", "prompt=question response=solution answer", without=_ONLY_IN_OURS),
+    PublicForm(
+        "s1K",
+        "prompt=question answer=solution =thinking_trajectories =attempt",
+        read=lambda row: {
+            "response": "<think>\n{}\n</think>\n\n{}".format(
+                "\n".join(row["thinking_trajectories"]), row["attempt"]
+            )
+        },
+    ),
+    PublicForm(
+        "OpenMathInstruct-2", "prompt=problem response=generated_solution answer=expected_answer"
+    ),
     PublicForm(
         "MATH",
         "prompt=problem response=solution answer=solution",
         also="answer",
-        without=_ONLY_IN_OURS,
+        without=f"{_ONLY_IN_OURS} generated_solution",
     ),
     PublicForm(
         "problems and answers", "prompt=problem answer", without=f"{_ONLY_IN_OURS} solution"

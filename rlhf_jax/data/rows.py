@@ -109,6 +109,8 @@ class Row:
     """The messages of which the prompt was rendered; empty for a text or token ids of the data. If
     the last is the assistant's, the response continues it."""
     tools: Tools = field(default=None, compare=False)
+    variables: Fields = field(default_factory=dict, compare=False)
+    """Of the chat template, which the row sets itself."""
     answers: tuple[Messages, ...] = field(default=(), compare=False)
     """The turns of which each response was rendered, from the first that differs; empty for texts
     or token ids of the data."""

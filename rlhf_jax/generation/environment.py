@@ -31,8 +31,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.data import chat
+from rlhf_jax.data.conversation import written
 from rlhf_jax.data.encoding import EncodedPrompts
-from rlhf_jax.data.rows import Fields, Message, Rows
+from rlhf_jax.data.rows import Fields, Message, Record, Rows
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.rewards.host import called
@@ -257,7 +258,9 @@ def _ask(
     if isinstance(reply, dict):
         response = {"role": "assistant", "content": _RESPONSE}
         turns = [{"role": "user", "content": "?"}, response, reply]
-        text = environment.chat_template.prompt(turns, where, after=_RESPONSE)
+        template = environment.chat_template
+        own = template.with_variables(written(Record(row, where))["variables"], where)
+        text = own.prompt(turns, where, after=_RESPONSE)
     if isinstance(text, str):
         [text] = environment.tokenizer.encode_batch([text], [where])
     # Where the policy has sampled the end of its turn, the template's is left out. A string of

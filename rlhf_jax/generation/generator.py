@@ -558,10 +558,10 @@ class Generator:
             raise UserError(f"{source}: expected a text or a list of messages, got {kind}")
         given = list(prompt)
         turns = conversation.messages_of(Record({"messages": given}, source), "messages")
-        tools = conversation.tools_of(Record(columns, source))
+        asked = conversation.written(Record(columns, source))
+        row = Row("", (), source, columns=columns, messages=turns, **asked)
         template = chat.template_of(tokenizer, self.template)
-        text = template.prompt(turns, source, tools=tools)
-        return Row(text, (), source, columns=columns, messages=turns, tools=tools)
+        return replace(row, prompt=template.prompt_of(row))
 
 
 def places_of(prompts: Sequence[tuple[int, ...]]) -> np.ndarray:

@@ -102,8 +102,7 @@ def _from_runs(folder: str, config: Config, count: int | None) -> _Pairs:
         own = []  # the rows with messages in the policy's own chat template
         for row in rows:
             if row.messages:
-                prompt = template.prompt(row.messages, row.source, tools=row.tools)
-                row = dataclasses.replace(row, prompt=prompt)
+                row = dataclasses.replace(row, prompt=template.prompt_of(row))
             own.append(row)
         asked.append(policy.ask(own, num_samples))
 
