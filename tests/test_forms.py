@@ -8,34 +8,20 @@ import itertools
 import json
 import math
 import re
-from pathlib import Path
 
 import chat_templates
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from public_forms import EXAMPLES, PAGE, STAGES, W, parsed
 
 from rlhf_jax.algorithms import reward_model
-from rlhf_jax.data import batches, encoding, formats, forms
-from rlhf_jax.data.chat import AUTO, ChatTemplate, template_of
-from rlhf_jax.data.rows import BadRow, Record
+from rlhf_jax.data import batches, encoding, forms
+from rlhf_jax.data.chat import AUTO, template_of
+from rlhf_jax.data.rows import Record
 from rlhf_jax.data.tokenizers import characters, load_tokenizer
 from rlhf_jax.errors import UserError
-
-W = "data.jsonl, line 1"
-STAGES = {
-    "demonstrations": "SFT",
-    "comparisons": "reward model",
-    "pairs": "DPO",
-    "feedback": "KTO",
-    "solutions": "process reward model",
-    "prompts": "RL",
-}
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "api" / "forms.md"
-LINES = PAGE.read_text("utf-8").partition("```text\n")[2].partition("\n```")[0].split("\n")
-EXAMPLES = {form.name: json.loads(line) for form, line in zip(forms.FORMS, LINES, strict=True)}
-"""The page has an example of each form, in the order of the table."""
 
 
 def chat(*texts, system=""):
@@ -142,18 +128,6 @@ def outcome(kind, prompt, answers, label):
         return [(prompt, text) for _, *both in pairs for text in both]
     whole = [(prompt, *answers)]
     return whole if kind == "comparisons" else pairs
-
-
-def adapted(value, columns=()):
-    try:
-        return forms.converted(Record(value, W), forms.parse_columns(columns))
-    except BadRow as error:
-        return [Record(error, W)]
-
-
-def parsed(kind, *records, columns=(), drop="error", template=None):
-    read = [record for value in records for record in adapted(value, columns)]
-    return formats.parse_all(kind, read, template or ChatTemplate(), drop)
 
 
 def test_the_table_has_every_form():

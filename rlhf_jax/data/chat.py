@@ -155,8 +155,8 @@ class ChatTemplate:
         or, as `PLAIN`, ends no turn with a token.
 
         What stands before a learned turn is tokenised by itself, as in `prompt`. If ``before`` and
-        ``answer`` meet inside a turn of the assistant, it is one message: its
-        beginning is given, its end learned.
+        ``answer`` meet inside a turn of the assistant, it is one message: its beginning is given,
+        its end learned.
 
         Args:
           learns: the numbers of the learned turns, counted over ``before`` and then ``answer``.
@@ -374,11 +374,12 @@ class ChatTemplate:
         place = 0
         hidden = {character: text for text, character in self._characters.items()}
         parts = itertools.pairwise([0, *cuts, len(rendered)])
-        for piece in (p for first, end in parts for p in _PRIVATE.split(rendered[first:end])):
+        pieces = (p for first, end in parts for p in _PRIVATE.split(rendered[first:end]))
+        for number, piece in enumerate(pieces):
             is_hidden = _PRIVATE.fullmatch(piece)
             backend = self.tokenizer.backend if is_hidden else self.tokenizer.with_special_tokens
             text = hidden.get(piece, piece)
-            own, places = self.tokenizer.encode_inside(text, backend, begins=not place)
+            own, places = self.tokenizer.encode_inside(text, backend, begins=not number)
             if is_hidden:
                 self.tokenizer.check_text(text, own)
                 places = [(0, 1)] * len(own)

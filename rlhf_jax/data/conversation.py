@@ -94,12 +94,10 @@ def begun(row: Fields) -> Fields:
             asked = [says("user", asked)]
         if not are_turns(asked):
             raise BadRow("", f"{key!r} must be messages behind a system's message or a history")
-        rest = before
-        if is_system(asked[0]) and is_system(before[0]):
-            if not _same(asked[0], before[0]):
-                raise BadRow("", f"'system' differs from the system's message of {key!r}")
-            rest = before[1:]
-        row[key] = [*asked[: len(before) - len(rest)], *rest, *asked[len(before) - len(rest) :]]
+        is_twice = is_system(asked[0]) and is_system(before[0])
+        if is_twice and not _same(asked[0], before[0]):
+            raise BadRow("", f"'system' differs from the system's message of {key!r}")
+        row[key] = [*before, *asked[is_twice:]]
     has_history = len(before) > 1 and row.keys() >= {"prompt", "response"}
     if has_history and "desirable" not in row and isinstance(row["response"], str):
         # Its answers are learned too.
@@ -129,9 +127,10 @@ def asked(record: Record, key: str) -> list[Message]:
     """The messages under ``key`` as a prompt. A last assistant turn of ``messages``, ``chosen`` and
     the like is an answer and left out; that of ``prompt`` is the beginning of one.
     """
-    found = (
-        messages_of(record, key) if key == "prompt" else list(itertools.chain(*_parts(record, key)))
-    )
+    if key == "prompt":
+        return messages_of(record, key)
+    before, behind = _parts(record, key)
+    found = [*before, *behind]
     if not is_answered(found):
         return found
     record.expect(len(found) > 1, f"{key!r} has no message before the assistant's")

@@ -309,7 +309,7 @@ def parse_all(
                 result.errors.append(error)
             continue
         result.rows.extend(parsed)
-        for key in _unread(record.value, kind):
+        for key in _unread(record.value, kind, template.reads_plain):
             result.unread[key] += 1
         for part in {part for row in parsed for part in template.unwritten(row)}:
             result.unwritten[part] += 1
@@ -398,8 +398,10 @@ def _form_with(keys: tuple[str, ...]) -> Form:
     return UNKNOWN
 
 
-def keys_read(row: Fields, kind: Kind) -> set[str]:
-    """The keys of a record that a stage of this kind reads."""
+def keys_read(row: Fields, kind: Kind, reads_plain: bool = False) -> set[str]:
+    """The keys of a record that a stage of this kind reads, by a template that reads plain prompts
+    too or not.
+    """
     form = form_of(row)
     keys = set(form.name.split(", "))
     if form.kind == "annotated":
@@ -408,12 +410,12 @@ def keys_read(row: Fields, kind: Kind) -> set[str]:
         keys |= {"margin", "category", "subset"}
     if kind == "demonstrations":
         keys.add("desirable")
-    if conversation.is_chat(row, "messages", "prompt", "response", *PAIR):
+    if reads_plain or conversation.is_chat(row, "messages", "prompt", "response", *PAIR):
         keys |= {"tools", conversation.VARIABLES}
     return keys.intersection(row)
 
 
-def _unread(value: Any, kind: Kind) -> list[str]:
+def _unread(value: Any, kind: Kind, reads_plain: bool) -> list[str]:
     """The keys that a stage of this kind does not read. A column for rewards may be a copy of what
     it reads (`forms`).
     """
@@ -421,7 +423,7 @@ def _unread(value: Any, kind: Kind) -> list[str]:
         return []
     if kind == "prompts":
         return [key for key in value if key not in NO_COLUMNS]
-    read = keys_read(value, kind)
+    read = keys_read(value, kind, reads_plain)
     copies = [id(value[key]) for key in read]
     copies += [id(item) for key in read if isinstance(value[key], list) for item in value[key]]
     return [key for key in value if key not in read and id(value[key]) not in copies]

@@ -417,13 +417,14 @@ def _summary(text: str) -> str:
 
 
 def _binarised(row: Fields) -> Fields:
-    """The messages are the prompt, or the chosen conversation once more."""
-    if not is_answered(row["messages"]):
-        return {"prompt": row["messages"]}
-    *_, chosen = row["chosen"] if are_turns(row["chosen"]) else [says("assistant", row["chosen"])]
-    is_same = row["messages"][-1].get("content") == chosen.get("content")
-    _check(is_same, "'messages' do not end with the answer of 'chosen'; leave one of the two out")
-    return {}
+    """The messages are the prompt, or the prompt and the chosen answer, or the chosen ones."""
+    told = [turn.get("content") for turn in row["messages"]]
+    chosen = row["chosen"] if are_turns(row["chosen"]) else [says("assistant", row["chosen"])]
+    answer = [turn.get("content") for turn in chosen] if is_answered(row["messages"]) else []
+    before = row["messages"][: len(told) - len(answer)]
+    is_same = told[len(before) :] == answer and (not before or row["prompt"] in [*told, before])
+    _check(is_same, "'messages' are not those of 'prompt' and 'chosen'; leave one of the two out")
+    return {"prompt": before} if before else {}
 
 
 def _alternating(texts: list[str]) -> Fields:
@@ -745,7 +746,7 @@ FORMS = (
     ),
     PublicForm(
         "prompt, response and score",
-        "prompt response =score",
+        "prompt response score",
         without="desirable messages responses chosen",
         fits=lambda row: type(row["score"]) in (int, float),
         read=lambda row: {"responses": [row["response"]], "targets": [row["score"]]},
