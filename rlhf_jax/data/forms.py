@@ -19,7 +19,7 @@ import difflib
 import itertools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -427,7 +427,7 @@ def _binarised(row: Fields) -> Fields:
     return {"prompt": before} if before else {}
 
 
-def _alternating(texts: list[str]) -> Fields:
+def _alternating(texts: Iterable[str]) -> Fields:
     roles = itertools.cycle(("user", "assistant"))
     return {"messages": list(map(says, roles, texts))}
 
@@ -478,10 +478,8 @@ def _arena_votes(row: Fields) -> Fields:
         answers = _unpacked(repr(side), row[side])
         what = f"'prompt' has {len(questions)} questions, and {side!r} {len(answers)} answers"
         _check(len(questions) == len(answers), what)
-        pairs = zip(questions, answers, strict=True)
-        conversations[side] = [
-            turn for asked, said in pairs for turn in (says("user", asked), says("assistant", said))
-        ]
+        texts = itertools.chain.from_iterable(zip(questions, answers, strict=True))
+        conversations[side] = _alternating(texts)["messages"]
     has_won = [int(row["winner_model_a"]), int(row["winner_model_b"])]
     winner = has_won.index(1) if sum(has_won) == 1 else None
     return _preferred(conversations, "response_a response_b", winner)
