@@ -3,6 +3,7 @@ the variables of the chat template.
 """
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import tokenizers
@@ -12,6 +13,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from rlhf_jax.data import chat, encoding, formats, forms
 from rlhf_jax.data.rows import Record
 from rlhf_jax.data.tokenizers import load_tokenizer
+from rlhf_jax.generation import environment, generator
 
 
 def user(text, **more):
@@ -335,6 +337,44 @@ def test_variables_of_a_row_reach_its_template(read, kind, row, variables):
     assert not tokenizer.decode_raw(other.prompt).startswith("<|im_start|>system")
 
 
+def test_variables_of_a_row_go_before_those_of_the_run(tmp_path):
+    tokenizer = chat.reading(byte_tokenizer(tmp_path / "m", MODES), {"mode": "on"})
+    template = chat.template_of(tokenizer, chat.AUTO)
+    rows = [{"messages": [ASK]}, {"messages": [ASK], "chat_template_kwargs": {"mode": "off"}}]
+    shown = [
+        tokenizer.decode_raw(row.prompt) for row in parsed("prompts", *rows, template=template).rows
+    ]
+    assert [text.split("<|im_end|>")[0] for text in shown] == [
+        "<|im_start|>system\non",
+        "<|im_start|>system\noff",
+    ]
+
+
+def test_variables_in_a_cut_prompt_a_call_and_a_reply_of_an_environment(read, tmp_path):
+    variables = {"mode": "off", "tone": None}
+    before = [user("Hi"), says("Hello"), ASK]
+    row = {"prompt": before, "chat_template_kwargs": variables}
+    tokenizer, rows, _ = read("prompts", row)
+    told = tokenizer.decode_raw(rows[0].prompt)
+    assert told.endswith("assistant\n<think></think>")
+    cut = encoding.encode_prompts(
+        rows, tokenizer, template=chat.AUTO, length=len(rows[0].prompt) - 1, too_long="truncate"
+    )
+    text = tokenizer.decode_raw(cut.tokens[0][cut.attention_mask[0] == 1])
+    opening = "<|im_start|>system\noff<|im_end|>\n<|im_start|>user\nIs ice warm?"
+    assert text.startswith(opening)
+    assert text.endswith("assistant\n<think></think>")
+    columns = {"chat_template_kwargs": {"mode": "off"}}
+    policy = SimpleNamespace(template=chat.AUTO)
+    asked = generator.Generator.row(policy, before, "here", columns, tokenizer)
+    assert tokenizer.decode_raw(asked.prompt) == told
+    template = chat.template_of(tokenizer, chat.AUTO)
+    setting = environment.Environment(lambda *_: user("Sure?"), tokenizer, template, 9, None)
+    for given, end in ((columns, "assistant\n<think></think>"), ({}, "assistant\n")):
+        ids, *_ = environment._ask(setting, [ASK], given, "here", is_closed=True)
+        assert tokenizer.decode_raw(ids).endswith(end)
+
+
 def test_variables_that_no_template_reads_are_said(read):
     row = {"messages": [ASK, NO], "chat_template_kwargs": {"tone": "kind", "mode": "on"}}
     assert read("demonstrations", row)[2].unwritten == {"tone": 1}
@@ -498,11 +538,11 @@ def test_a_tie_of_the_arena_is_left_out_by_count(winner):
     [
         (
             {"instruction": "p", "completions": [{"response": "a", "overall_score": None}]},
-            "completion 1",
+            "completion [1]",
         ),
         (
             {"instruction": "p", "completions": [{"response": "a", "overall_score": "N/A"}]},
-            "completion 1",
+            "completion [1]",
         ),
         (
             {"prompt": '["p"]', "response_a": '["a", "b"]', "response_b": '["c"]'}

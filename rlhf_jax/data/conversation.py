@@ -208,9 +208,9 @@ def written(record: Record) -> dict[str, Any]:
     record.expect(is_list, "'tools' must be a list of objects or its JSON text", tools)
     variables = _unpacked(record, VARIABLES) or {}
     record.expect(isinstance(variables, dict), f"{VARIABLES!r} must be an object", variables)
-    taken = [name for name in variables if name in _TAKEN or name.endswith("_token")]
-    record.expect(not taken, f"{VARIABLES!r} may not set {', '.join(taken)}")
     given = {name: value for name, value in variables.items() if value is not None}
+    taken = [name for name in given if name in _TAKEN or name.endswith("_token")]
+    record.expect(not taken, f"{VARIABLES!r} may not set {', '.join(taken)}")
     return {"tools": tools, "variables": given}
 
 

@@ -501,9 +501,10 @@ def _right_and_wrong(row: Fields) -> Fields:
 
 def _scored(row: Fields) -> Fields:
     scores = row.get("targets") or [answer.get("overall_score") for answer in row["completions"]]
-    for number, score in enumerate(scores, 1):
-        what = f"completion {number} of UltraFeedback has no number as its 'overall_score'"
-        _check(isinstance(score, int | float), what)
+    missing = [n for n, score in enumerate(scores, 1) if not isinstance(score, int | float)]
+    _check(
+        not missing, f"'overall_score' of completion {missing[:1]} of UltraFeedback is no number"
+    )
     return {"targets": scores, "ranks": [-score for score in scores]}
 
 
@@ -511,18 +512,15 @@ def _rated_steps(row: Fields) -> Fields:
     """The chosen step at each place, and what the last one was rated, as in Lightman et al. (2023):
     -1 is wrong; 0, neutral, is right. A step that a person wrote is right.
     """
-    steps: Fields = {"steps": [], "labels": []}
+    rated = []
     for place in row["label"]["steps"]:
-        rated = place["completions"][place["chosen_completion"] or 0 :][:1]
-        step = place["human_completion"] or rated[0]
-        rating = 1 if place["human_completion"] else step["rating"]
-        if rating is None:
-            break
-        steps["steps"].append(step["text"])
-        steps["labels"].append(rating >= 0)
-    if not steps["steps"]:
+        by_person = place.get("human_completion")
+        step = by_person or place["completions"][place.get("chosen_completion") or 0]
+        rated.append((step["text"], 1 if by_person else step["rating"]))
+    rated = list(itertools.takewhile(lambda step: step[1] is not None, rated))
+    if not rated:
         raise Drop("", "no step has a rating")
-    return steps
+    return {"steps": [text for text, _ in rated], "labels": [rating >= 0 for _, rating in rated]}
 
 
 def _marked_steps(row: Fields) -> Fields:
