@@ -391,7 +391,7 @@ WRONG = [
         {"prompt": "p", "response_0": "a", "response_1": "b", "better_response_id": 2},
         "the better one of two answers is 0 or 1, found 2",
     ),
-    ({"instruction": "p", "completions": [{"response": "a"}]}, "UltraFeedback .*'overall_score'"),
+    ({"instruction": "p", "completions": [{"response": "a"}]}, "'overall_score' of completion"),
     (
         {"info": {}, "summaries": [], "choice": 0},
         "not in the form of OpenAI summaries, comparisons",
