@@ -97,6 +97,12 @@ def test_messages_that_continue_a_prompt():
     plain = {"prompt": "Is ice warm?", "chosen": [NO], "rejected": [YES]}
     assert texts("pairs", plain, plain | {"prompt": [ASK]}) == [(ASKED, "No.", "Yes.")] * 2
     assert texts("demonstrations", {"prompt": "Is ice warm?", "messages": [NO]}) == [(ASKED, "No.")]
+    echo = {"prompt": [ASK], "completion": [says("Is ice warm?")]}
+    assert texts("demonstrations", echo) == [(ASKED, "Is ice warm?")]
+    later = {"prompt": [ASK, NO], "completion": [user("Sure?"), YES]}
+    assert texts("demonstrations", later) == [
+        (f"{ASKED}No.\n\nUser:\nSure?\n\nAssistant:\n", "Yes.")
+    ]
     mixed = {"prompt": "Is ice warm?", "chosen": "No.", "rejected": [ASK, YES]}
     assert texts("pairs", mixed) == [(ASKED, "No.", "Yes.")]
     behind = {"prompt": [ASK], "chosen": [system("Be brief."), ASK, NO]}
@@ -123,11 +129,17 @@ def test_messages_that_continue_a_prompt():
             "rejected": "Yes.",
         },
         {"prompt": "Is snow warm?", "completion": [ASK, NO]},
+        {"prompt": "Is ice warm?", "messages": [ASK, YES], "chosen": "No.", "rejected": "Yes."},
     ],
 )
 def test_a_prompt_that_contradicts_the_messages_is_refused(row):
     kind = "pairs" if "chosen" in row else "demonstrations"
     assert "leave one of the two out" in fault(kind, row) or "differ" in fault(kind, row)
+
+
+def test_a_pair_whose_first_difference_is_a_question():
+    row = {"chosen": [ASK, user("Sure?"), NO], "rejected": [ASK, YES]}
+    assert texts("prompts", row) == [(ASKED,)]
 
 
 def test_messages_that_are_the_prompt_of_a_pair():
@@ -206,7 +218,7 @@ def test_a_system_beside_keys_of_ours(kind, row):
         assert read.prompt == BRIEF
         assert read.columns.keys() <= {"answer"}
     if "messages" not in row:
-        [read] = parsed(kind, row | {"system": "", "system_prompt": None}).rows
+        [read] = parsed(kind, row | {"system": " \n", "system_prompt": ""}).rows
         assert read.prompt in (ASKED, "Is ice warm?")
 
 
@@ -263,7 +275,7 @@ def test_a_null_column_is_not_there(name, kind):
 
 MODES = (
     "{% if mode is defined %}<|im_start|>system\n{{ mode }}<|im_end|>\n{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% if mode == 'off' %}<think></think>"
     "{% endif %}{% endif %}"
 )
@@ -447,6 +459,15 @@ def test_the_ids_of_a_prompt_are_those_that_sampling_reads(read, kind, row, temp
     assert tokenizer.decode_raw(rows[0].responses[0]).startswith("\nNo.<|im_end|>")
 
 
+def test_each_learned_turn_begins_behind_its_opening(read):
+    tokenizer, [row], _ = read("demonstrations", {"messages": [ASK, NO, ASK, BROKEN]}, CHATML)
+    places = [n for n, learned in enumerate(row.learned[0]) if not learned]
+    [line_end] = tokenizer.encode("\n")
+    behind = row.responses[0][: max(places[:-1]) + 1]
+    assert behind[-1] == line_end
+    assert tokenizer.decode_raw(behind).endswith("<|im_start|>assistant\n")
+
+
 def test_the_beginning_of_an_answer_is_read_alone(read):
     begun = {"prompt": [ASK, says("Well:\n")], "completion": [says("\nNo.")]}
     tokenizer, [row], _ = read("demonstrations", begun, CHATML)
@@ -497,7 +518,6 @@ def talk(*pairs):
     ("turn", "prompt", "better"),
     [
         (1, "User:\na\n\nAssistant:\n", ("1", "x")),
-        (2, "", None),
         (3, "", None),
         (0, "", None),
         ("1", "", None),
@@ -514,7 +534,7 @@ def test_a_vote_is_on_the_turn_that_was_judged(turn, prompt, better):
     if better:
         assert [row.texts for row in found.rows] == [(prompt, *better)]
     else:
-        assert not found.rows
+        assert "'turn' must be" in str(found.errors[0])
     same = {
         "conversation_a": talk(("a", "1"), ("b", "2")),
         "conversation_b": talk(("a", "1"), ("b", "y")),
@@ -552,6 +572,8 @@ def test_a_tie_of_the_arena_is_left_out_by_count(winner):
         ({"input": "1 Step 1: 2 ки", "label": "1 Step 1: 2 ки"}, "each step"),
         ({"input": "1 Step 1: 2 ки more", "label": "1 Step 1: 2 + more"}, "each step"),
         ({"input": "1 Step 1: 2 ки", "label": "+"}, "each step"),
+        ({"input": "1 Step 1: 2 ки", "label": "1 Step 1: 2 ?"}, "each step"),
+        ({"input": "1 Step 1: 2 ки", "label": "1 Step 1: 2 + 3"}, "each step"),
         ({"problem": "p", "steps": ["a"], "label": 1}, "'label' must be -1"),
         ({"problem": "p", "steps": ["a"], "label": -2}, "'label' must be -1"),
         ({"problem": "p", "steps": ["a"], "label": "0"}, "'label' must be -1"),

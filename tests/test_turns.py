@@ -263,11 +263,12 @@ def test_of_a_begun_answer_that_a_template_marks_the_end_is_learned(tmp_path, wr
     assert learned(load_tokenizer(tmp_path), write, begun) == [[f"lo!{END}"]]
 
 
-def test_an_opening_and_an_answer_share_no_token(tmp_path, write):
+@pytest.mark.parametrize("end", ["{{ eos_token }}", ";"])
+def test_an_opening_and_an_answer_share_no_token(end, tmp_path, write):
     """The opening is read alone, as in sampling."""
     train_bpe(["AYes"] * 9, 270).save(tmp_path)
     source = "{% for m in messages %}{{ 'Q' if m.role == 'user' else 'A' }}{{ m.content }}"
-    source += "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}A{% endif %}"
+    source += f"{end}{{% endfor %}}{{% if add_generation_prompt %}}A{{% endif %}}"
     (tmp_path / "chat_template.jinja").write_text(source)
     tokenizer = load_tokenizer(tmp_path)
     assert len(tokenizer.encode("AYes")) == 1

@@ -744,7 +744,6 @@ FORMS = (
         "prompt, response and score",
         "prompt response score",
         without="desirable messages responses chosen",
-        fits=lambda row: type(row["score"]) in (int, float),
         read=lambda row: {"responses": [row["response"]], "targets": [row["score"]]},
     ),
     PublicForm(
