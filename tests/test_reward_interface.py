@@ -230,11 +230,10 @@ COLUMNS = {
 
 def test_a_function_takes_what_it_names():
     assert shown_to("responses", columns=COLUMNS) == {"responses": ["ea", "e"]}
-    assert shown_to("task, prompts", columns=COLUMNS) == {"task": [1, 2], "prompts": ["ab"] * 2}
-    assert shown_to("a, b, task", columns=COLUMNS) == {
-        "a": ["ab"] * 2,
-        "b": ["ea", "e"],
+    assert shown_to("task, outputs, prompt", columns=COLUMNS) == {
         "task": [1, 2],
+        "outputs": ["ea", "e"],
+        "prompt": ["ab"] * 2,
     }
     assert shown_to("prompts, responses, **more", columns=COLUMNS)["more"] == {
         "messages": COLUMNS["messages"],
@@ -254,7 +253,7 @@ def test_a_function_may_change_what_it_gets():
     def pops(responses, tests):
         return [len(row) + len(row.pop()) for row in tests]
 
-    def appends(prompts, messages, **columns):
+    def appends(prompts, responses, messages, **columns):
         prompts.clear()
         return [len(row.append("answer") or row) for row in messages]
 
@@ -265,9 +264,9 @@ def test_a_function_may_change_what_it_gets():
     assert [called(appends, columns)[0].scores.tolist() for _ in range(2)] == [[2, 2]] * 2
     score = spec.given(on_host).host
     assert rewards.on_host(score, rollout(), columns)[0].scores.tolist() == [3, 3]
-    assert on_texts(pops, ["p"] * 2, ["r"] * 2, columns) == [3, 3]
+    assert on_texts(pops, ["p"] * 2, ["r"] * 2, columns) == ([3, 3], {})
     longer = pairs.by_function(
-        "--reward pairs:f", lambda tests: [0.5 * len(x.pop()) for x in tests], ["tests"]
+        "--reward pairs:f", lambda first, tests: [0.5 * len(x.pop()) for x in tests], ["tests"]
     )
     assert longer([pairs.Pair(0, "a", "b")] * 2, columns) == [0.5, 0.5]
     assert columns == before
@@ -277,7 +276,7 @@ def test_a_function_may_not_move_or_end_the_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "below").mkdir()
     (tmp_path / "moves.py").write_text("import os\nos.chdir('below')\nf = os.getcwd\n")
-    assert spec._loaded("--reward", Path("moves.py"), "f")() == str(tmp_path)
+    assert spec.load_function("--reward", Path("moves.py"), "f")() == str(tmp_path)
 
     async def later(responses):
         return moves(responses)
@@ -303,11 +302,11 @@ def test_a_function_may_not_move_or_end_the_run(tmp_path, monkeypatch):
 
 def test_a_column_with_the_name_of_a_text_of_the_run_is_refused():
     for name in ("responses", "prompts", "completions", "completion_ids"):
-        fn = eval(f"lambda {name}, answer=None: []")
+        fn = eval(f"lambda {name}, answer=None, **rest: []")
         with pytest.raises(UserError, match=f"here: {name} is a column .* rename"):
             check_function("here", fn, [name])
         check_function("here", fn, ["response", "chosen", "rejected", "messages"])
-    check_function("here", lambda a, b: [], ["responses"])
+    check_function("here", lambda prompts, output: [], ["responses"])
     check_function("here", lambda responses, messages: [], ["messages"])
     check_function("here", lambda responses, **columns: [], ["completions"])
     given = {"response": [1, 2], "chosen": ["c", "d"], "rejected": [None, "r"]}
@@ -336,7 +335,7 @@ def test_a_file_is_an_imported_module_that_can_be_pickled(tmp_path):
             file.parent.mkdir(exist_ok=True)
             file.write_text(text + f"where = lambda: '{folder}'\n")
             for function in ("count", "one", "Case", "where"):
-                fn = spec._loaded("--reward", file, function)
+                fn = spec.load_function("--reward", file, function)
                 loaded[folder, name, function] = fn
                 if function != "where":
                     assert pickle.loads(pickle.dumps(fn)) is fn
@@ -347,12 +346,12 @@ def test_a_file_is_an_imported_module_that_can_be_pickled(tmp_path):
     one = loaded["a", "pickled_reward.py", "one"]
     assert one.__module__ == "pickled_reward"
     file.write_text("def one(text): return 7\n")
-    changed = spec._loaded("--reward", file, "one")
+    changed = spec.load_function("--reward", file, "one")
     assert changed("") == 7
-    assert spec._loaded("--reward", file, "one") is changed
+    assert spec.load_function("--reward", file, "one") is changed
     file.write_text("raise KeyError('early')\n")
     with pytest.raises(KeyError):
-        spec._loaded("--reward", file, "one")
+        spec.load_function("--reward", file, "one")
 
 
 def test_what_python_gives_as_a_reward_is_told_from_its_parameters():
@@ -377,7 +376,7 @@ def test_what_python_gives_as_a_reward_is_told_from_its_parameters():
     for wrong in (lambda: None, lambda x, y, z: None, lambda *, rollout: None, max, "math", None):
         with pytest.raises(UserError, match="reward: expected a function of a rollout"):
             spec.given(wrong)
-    reward = spec.of_texts(texts, TOKENIZER)
+    reward = spec.of_texts("reward", texts, TOKENIZER, ())
     assert reward.host is not None
     assert reward.examples == ()
 
@@ -400,7 +399,7 @@ def test_prompts_have_the_tokens_that_end_turns():
     ended.tokens[:, 0] = TOKENIZER.eos_id
     seen = []
 
-    def score(prompts):
+    def score(prompts, responses):
         seen.extend(prompts)
         return [0, 0]
 
@@ -441,7 +440,7 @@ def test_a_fault_has_the_line_of_the_function(tmp_path):
         reward = build(tmp_path, text, name)
         with pytest.raises(UserError, match=f"^the reward function {name}: {place}"):
             rewards.on_host(reward.host, rollout(), {})
-    with pytest.raises(UserError, match=rf"'subject'; the prompts' columns are task, .*{file}:10"):
+    with pytest.raises(UserError, match=rf"subject; the prompts' columns are task, .*{file}:10"):
         build(tmp_path, text, "what")
 
 
@@ -640,7 +639,7 @@ def test_what_a_judge_of_pairs_may_return():
         judge = pairs.by_function("x", lambda first, second, result=result: result, ())
         with pytest.raises(UserError, match=f"^x: .*{message}"):
             judge([pairs.Pair(0, "a", "b")], shown)
-    with pytest.raises(UserError, match=r"x: .*topic.* has parameters of the names prompts, first"):
+    with pytest.raises(UserError, match=r"^x: nothing fills .*topic; .* are prompts, first"):
         pairs.by_function("x", lambda first, topic: [], ())
 
 
