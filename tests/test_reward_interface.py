@@ -244,6 +244,129 @@ def test_a_function_takes_what_it_names():
     assert shown_to("completion_ids, x=3", columns=COLUMNS) == {"completion_ids": ids, "x": 3}
 
 
+ANSWERS = ["ea", "e"]
+ROWS = {"answer": ["x", "y"], "label": [3, 4], "data_source": ["s", "s"]}
+ROWS |= {"ground_truth": ["x", "y"], "extra_info": [{"i": 0}, {"i": 1}], "score": [7, 8]}
+SIGNATURES = {
+    "outputs, answer": {"outputs": ANSWERS, "answer": ["x", "y"]},
+    "response, prompt": {"response": ANSWERS, "prompt": ["ab"] * 2},
+    "completion, label": {"completion": ANSWERS, "label": [3, 4]},
+    "answer, /, texts": {"answer": ["x", "y"], "texts": ANSWERS},
+    "prompt, /, *, generations": {"prompt": ["ab"] * 2, "generations": ANSWERS},
+    "predictions, score": {"predictions": ANSWERS, "score": [7, 8]},
+    "responses, output=5": {"responses": ANSWERS, "output": 5},
+    "responses, label=None, prompt=None": {"responses": ANSWERS, "label": [3, 4], "prompt": None},
+    "x=1, /, *, text, answer=2": {"x": 1, "text": ANSWERS, "answer": ["x", "y"]},
+    "queries, prompts, labels": {
+        "queries": ["abea", "abe"],
+        "prompts": ["ab"] * 2,
+        "labels": [3, 4],
+    },
+    "data_sources, solution_strs, ground_truths, extra_infos": {
+        "data_sources": ["s", "s"],
+        "solution_strs": ANSWERS,
+        "ground_truths": ["x", "y"],
+        "extra_infos": ROWS["extra_info"],
+    },
+}
+
+
+@pytest.mark.parametrize("parameters", SIGNATURES)
+def test_parameters_are_told_by_their_names(parameters):
+    assert shown_to(parameters, columns=ROWS) == SIGNATURES[parameters]
+
+
+def test_a_column_comes_before_another_name_of_a_text():
+    given = ROWS | {"output": ["c", "d"], "labels": [5, 6]}
+    assert shown_to("output, labels, text", columns=given) == {
+        "output": ["c", "d"],
+        "labels": [5, 6],
+        "text": ANSWERS,
+    }
+    with pytest.raises(UserError, match="no parameter gets the responses"):
+        shown_to("output, prompt", columns=given)
+
+
+REFUSED = {
+    "first, second": "first; the prompts' columns are answer, .* parameters are prompts, .* text",
+    "prompts, reply": "reply;",
+    "*texts": "texts;",
+    "responses, *, gold": "gold;",
+    "query, response": "query;",
+    "prompts, answer": "no parameter gets the responses",
+    "answer": "no parameter gets the responses",
+    "prompts, output=None": "no parameter gets the responses",
+    "": "no parameter gets the responses",
+    "a, /, response": "a;",
+    "outputs, answers": "answers;",
+}
+
+
+@pytest.mark.parametrize("parameters", REFUSED)
+def test_what_nothing_fills_is_refused_before_the_run(parameters, tmp_path):
+    text = f"def f({parameters}):\n    return [0.0, 0.0]\n"
+    with pytest.raises(UserError, match=rf"mine\.py:f: .*{REFUSED[parameters]}.*mine\.py:1\)"):
+        build(tmp_path, text, "f", columns=[*ROWS])
+
+
+def test_a_function_of_c_gets_prompts_and_responses():
+    with pytest.raises(UserError, match="got str: 'ea'"):  # the later of both lists
+        called(max)
+
+
+def test_a_function_of_verl_is_called_for_each_row():
+    seen = []
+
+    def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+        seen.append((data_source, solution_str, ground_truth, extra_info, kwargs["answer"]))
+        return {"score": len(solution_str), "acc": ground_truth == "y", "pred": solution_str}
+
+    scored, parts = called(compute_score, ROWS)
+    assert seen == [("s", "ea", "x", {"i": 0}, "x"), ("s", "e", "y", {"i": 1}, "y")]
+    assert scored.scores.tolist() == [2, 1]
+    assert {name: values.tolist() for name, values in parts.items()} == {"acc": [0, 1]}
+    plain, parts = called(lambda solution_str, ground_truth: solution_str == "e", ROWS)
+    assert (plain.scores.tolist(), parts) == ([0, 1], {})
+
+    async def later(solution_str, extra_info):
+        return None if extra_info["i"] else {"score": np.float32(3), "part": np.int64(4)}
+
+    scored, parts = called(later, ROWS)
+    assert scored.present.tolist() == [True, False]
+    assert_array_equal(parts["part"], [4, math.nan])
+    batched, parts = called(lambda solution_strs: [{"score": 1, "n": 2}, {"score": 3}], ROWS)
+    assert batched.scores.tolist() == [1, 3]
+    assert_array_equal(parts["n"], [2, math.nan])
+    columns = ROWS | {"solution_str": ["c", "d"]}  # then it is none of verl's
+    given = shown_to("responses, solution_str", columns=columns)
+    assert given == {"responses": ANSWERS, "solution_str": ["c", "d"]}
+
+
+def test_a_function_of_openrlhf_returns_a_tensor_or_a_dict():
+    def reward_func(queries, prompts, labels, **kwargs):
+        said = [len(query.removeprefix("ab")) for query in queries]
+        return {
+            "rewards": jnp.float32(said),
+            "scores": np.array(labels) / 10,
+            "extra_logs": {"length": jnp.int32(said)},
+        }
+
+    scored, parts = called(reward_func, ROWS)
+    assert scored.scores.tolist() == [2, 1]
+    assert_allclose(parts["scores"], [0.3, 0.4])
+    assert parts["length"].tolist() == [2, 1]
+    alone, parts = called(lambda queries: {"rewards": np.array([[5.0], [6.0]])[:, 0]})
+    assert (alone.scores.tolist(), parts) == ([5, 6], {})
+    chat = shown_to("queries, prompts", columns=COLUMNS)
+    assert chat == {"queries": ["abea", "abe"], "prompts": ["ab"] * 2}
+
+
+def test_python_gives_functions_of_other_names_as_texts():
+    for parameters in ("prompt, response", "output", "solution_str, ground_truth", "queries"):
+        fn = eval(f"lambda {parameters}: []")
+        assert spec.given(fn) is fn
+
+
 def test_a_function_may_change_what_it_gets():
     """No row of the same prompt, other reward or later call reads it."""
     tests = ["x", ["y"]]
@@ -319,7 +442,7 @@ def test_a_column_with_the_name_of_a_text_of_the_run_is_refused():
 def test_numbers_of_other_kinds_are_scores():
     for one, two in ((Decimal("0.5"), Fraction(1, 2)), (np.float16(0.5), np.bool_(True))):
         assert called(lambda responses, given=(one, two): list(given))[0].scores[0] == 0.5
-    for bad in (Decimal("NaN"), Decimal("1e400"), -(10**400), 1e39, float("nan")):
+    for bad in (Decimal("NaN"), Decimal("sNaN"), Decimal("1e400"), -(10**400), 1e39, math.nan):
         with pytest.raises(FloatingPointError, match=r"row 0, prompt 'ab', .*: (nan|inf|-inf)"):
             called(lambda responses, bad=bad: [bad, 1])
 
