@@ -565,14 +565,16 @@ def test_a_judged_run_counts_what_has_no_score_and_writes_no_key(judged):
 
 
 @pytest.mark.slow
-def test_a_run_with_the_replies_of_another_asks_nothing(judged, tmp_path):
+def test_a_run_with_the_replies_of_another_asks_what_had_no_verdict(judged, tmp_path):
     config, server = judged
     rl.run(config, vpg)
     asked = len(server.asked)
     again = replace(config, output_dir=str(tmp_path / "again"), resume=True)
     shutil.copytree(Path(config.output_dir) / "judge", tmp_path / "again" / "judge")
     rl.run(again, vpg)
-    assert len(server.asked) == asked > 0
+    again_asked = [json.loads(x["messages"][1]["content"]) for x in server.asked[asked:]]
+    assert 0 < len(again_asked) < asked
+    assert not any("a" in material["answer"] for material in again_asked)
     assert rows_of(again) == rows_of(config)
 
 

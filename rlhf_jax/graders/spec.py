@@ -1,35 +1,11 @@
-"""The reward of a run, from the entries of ``--reward``.
+"""The reward of a run, from the entries of ``--reward``, which docs/rewards.md lists.
 
 Each entry is ``SPEC`` or ``SPEC*WEIGHT``; several are summed. Behind it ``else NUMBER`` says what
 the score of a response is that the SPEC cannot score; without it such a response is unscored. A
-SPEC is
-
-- a reward model's folder or Hugging Face name; if its tokenizer is not the policy's, it reads the
-  texts in its own chat template,
-- ``mean:A,B,...``, ``min:A,B,...`` or ``uncertainty:A,B,...``, an ensemble of reward models
-  (`rewards.ensemble`); ``uncertainty:COEF:A,B,...`` gives the variance another weight than 1. The
-  folder of a run that trained an ensemble stands for all its members,
-- ``count:TEXT``, which counts one token of the vocabulary in prompt and response
-  (`rewards.token_count`),
-- ``length``, response tokens, or ``length:N``, those beyond N (`rewards.length`),
-- ``repetition`` or ``repetition:N``, the share of a response's n-grams that occurred before
-  (`rewards.repetition`),
-- ``diversity`` or ``diversity:N``, the share that no other response of the batch has
-  (`rewards.diversity`),
-- ``regex:PATTERN``, 1 for a response in which the regular expression is found
-  (`graders.verifiable`),
-- ``math``, 1 for a response whose answer equals that in the column ``answer`` of the prompt's data
-  row,
-- ``gym:TASK``, what the verifier of this task of reasoning-gym says of a response,
-- ``FILE.py:FUNCTION``, the user's own function of texts and columns (`rewards.from_text`),
-- ``http://HOST/PATH`` or ``https://...``, a server that is asked for the same
-  (`service.reward_service`),
-- ``judge:RUBRIC.yaml``, a chat server that scores by a rubric (`service.RubricJudge`),
-- ``pairs:SPEC``, where the SPEC is one of a reward model, of ``FILE.py:FUNCTION`` or of
-  ``judge:RUBRIC.yaml``: the share of comparisons with the prompt's other responses that a response
-  wins (`graders.pairs`).
-
-A folder with the name of one of these is given as ``./length``.
+SPEC is a reward model's folder or Hugging Face name, an ensemble of them (`rewards.ensemble`), a
+count or an n-gram reward of `rewards`, a rule of `graders.verifiable`, the user's own function
+(`rewards.from_text`), a server (`service.reward_service`), a judge (`service.RubricJudge`) or a
+judge of pairs (`graders.pairs`). A folder with the name of one of these is given as ``./length``.
 """
 
 import contextlib

@@ -3,8 +3,12 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+from jax import Array
+
 from rlhf_jax.graders import spec
 from rlhf_jax.iteration import Functions
+from rlhf_jax.runs import processes
 from rlhf_jax.training.rl.schedule import Batch
 from rlhf_jax.types import Metrics, Rollout
 
@@ -36,3 +40,18 @@ def score(job: "Job", rollout: Rollout, batch: Batch, judge: spec.Reward | None 
 
     guard = None if judge is not None else job.inputs.guard
     return score_on_host(job.run.layout, reward, guard, rollout, batch, job.told)
+
+
+def unfit_scores(job: "Job", scored: tuple[Array | None, Array | None]) -> str:
+    """Which scores [B], of data rows [B], the algorithm cannot read; "" if it can read all."""
+    low, high = job.method.algorithm_config.score_range
+    scores, numbers = map(np.asarray, processes.fetch(scored))
+    outside = np.flatnonzero((scores < low) | (scores > high))
+    if not len(outside):
+        return ""
+    score, number = scores[outside[0]], numbers[outside[0]]
+    return (
+        f"{len(outside)} of {len(scores)} scores are outside of {low:g} to {high:g}, which "
+        f"{job.run.name} needs: {score:g} for {job.inputs.prompts.rows[number].source}. Scale the "
+        "reward (--reward 'SPEC*WEIGHT')"
+    )
