@@ -5,11 +5,13 @@ scored: from the function to the advantages.
 import copy
 import functools
 import importlib
+import itertools
 import json
 import logging
 import math
 import os
 import pickle
+import random
 import re
 import sys
 from dataclasses import replace
@@ -22,23 +24,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import letters_run, metric_rows, with_rl
+from builders import letters_run, metric_rows, slow, with_rl
 from jax.tree_util import Partial
 from numpy.testing import assert_allclose, assert_array_equal
 from recorded import rl_job
 
 from rlhf_jax import Rollout, TrainState, grpo, rewards, rloo, training, vpg
+from rlhf_jax.algorithms import spo
 from rlhf_jax.config import RLStage
 from rlhf_jax.data import batches
 from rlhf_jax.data.encoding import EncodedPrompts
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import characters, train_bpe
-from rlhf_jax.errors import UserError, logger
+from rlhf_jax.errors import TrainingFault, UserError, logger
 from rlhf_jax.graders import pairs, spec
 from rlhf_jax.iteration import LoopState
 from rlhf_jax.rewards.texts import check_function, on_texts
 from rlhf_jax.training.rl.schedule import Batch
-from rlhf_jax.training.rl.score import score
+from rlhf_jax.training.rl.score import score, unfit_scores
 from rlhf_jax.training.rl.validation import _samples, validate
 
 loop = importlib.import_module("rlhf_jax.training.rl.run")  # ``rl.run`` is its function
@@ -832,3 +835,107 @@ def test_a_run_of_pairs_compares_validations_with_the_first_policy(tmp_path):
         assert low <= row["validation/win_rate"] == row["validation/score"] <= high
         if row["step"]:
             assert row["objective/score"] == pytest.approx(0.5)  # of a group's shares
+
+
+# --- Hostile rewards
+
+ALONE = ["vpg", "ppo", "spo"]
+GROUPED = ["rloo", "grpo", "clip_cov", "curriculum", "maxrl", "nash_md", "online_dpo", "otb"]
+GROUPED += ["pass_at_k", "replay", "safe_rlhf", "xpo"]
+METHODS = {name: {} for name in ALONE} | {name: {"group_size": 2} for name in GROUPED}
+METHODS["gdpo"] = {"group_size": 2, "components": ("cost",), "weights": (1.0,)}
+
+
+def run_with(name, folder, reward):
+    """The parameters after each of five steps, in the last of which the reward raises."""
+    folder.mkdir()
+    module = importlib.import_module(f"rlhf_jax.algorithms.{name}")
+    config = with_rl(letters_run(folder), num_iterations=5, validation_interval=9)
+    seen = []
+    calls = itertools.count()  # the first is a validation
+
+    def score(responses, letter):
+        return reward(next(calls), responses, letter)
+
+    with pytest.raises(UserError, match=r"(?s)RuntimeError: it broke .*Step 4 of 5 is saved"):
+        training.rl.run(
+            config,
+            module,
+            module.Config(**METHODS[name]),
+            reward=score,
+            on_step=lambda step, state, *more: seen.append(jax.device_get(state.train.params)),
+        )
+    assert len(seen) == 4
+    return seen
+
+
+def friendly(call, responses, letter):
+    scores = [float((i + call) % 2) for i in range(len(responses))]
+    if call == 5:
+        raise RuntimeError("it broke")
+    if call == 2:
+        scores[0] = None
+    if call == 4:
+        scores = [None] * len(scores)
+    return scores, {"cost": [None if score is None else 0.25 for score in scores]}
+
+
+def hostile(call, responses, letter):
+    """The same, in other types, with other components, and with changes of what is not its own."""
+    kinds = (np.float16, Decimal, np.bool_, np.array, Fraction, np.int8, jnp.float32, np.longdouble)
+    scores, parts = friendly(call, responses, letter)
+    if call == 1:
+        scores = [kind(score) for kind, score in zip(itertools.cycle(kinds), scores)]
+    if call in (2, 3):
+        parts |= {f"part of {call}": [1.0] * len(scores)}
+    if call == 3:
+        responses.clear()
+        letter.clear()
+        random.seed(1)
+        np.random.seed(1)  # noqa: NPY002
+    return scores, parts
+
+
+@pytest.mark.parametrize("name", [x if x == "rloo" else slow(x) for x in METHODS])
+def test_what_a_hostile_reward_says_and_does_moves_no_bit(name, tmp_path):
+    expected = run_with(name, tmp_path / "friendly", friendly)
+    for step, params in enumerate(run_with(name, tmp_path / "hostile", hostile)):
+        jax.tree.map(assert_array_equal, params, expected[step])
+    assert any(map(np.any, jax.tree.leaves(jax.tree.map(np.subtract, *expected[:2]))))
+
+
+@pytest.mark.parametrize(
+    ("name", "scores", "said"),
+    [
+        ("curriculum", (2.0, 0.5), r"[12] of 4 scores are outside of 0 to 1, .* curriculum .* 2 "),
+        slow("spo", (-1.0, 0.0), r"2 of 4 scores are outside of 0 to 1, .* spo .* -1 for"),
+        slow("ppo", (1e20, 0.0), r"2 of 4 scores are outside of -1e\+15 to 1e\+15, .* 1e\+20 for"),
+        slow("rloo", (0.0, -1e20), r"2 of 4 scores are .* -1e\+20 for .*prompts\.json, row"),
+    ],
+)
+def test_scores_that_a_method_cannot_read_are_named_and_not_the_rate(name, scores, said, tmp_path):
+    module = importlib.import_module(f"rlhf_jax.algorithms.{name}")
+    config = with_rl(letters_run(tmp_path), num_iterations=2, validation_interval=9)
+    with pytest.raises(TrainingFault, match=f"not finite at step 1.*{said}") as fault:
+        training.rl.run(
+            config,
+            module,
+            module.Config(**METHODS[name]),
+            reward=lambda responses: [scores[i % 2] for i in range(len(responses))],
+        )
+    assert "rate" not in str(fault.value)
+
+
+def test_scores_that_a_method_reads_are_no_cause():
+    rows = [Row("ab", (), f"file, line {i}") for i in range(3)]
+    prompts = EncodedPrompts(None, None, rows, (), {})
+    for own, scores, said in (
+        (spo.Config(), [0.0, 1.0, 0.5], ""),
+        (spo.Config(), [0.0, -0.25, 2.0], "2 of 3 .* spo needs: -0.25 for file, line 0. Scale"),
+        (grpo.Config(), [-1e15, 2.0, 1e15], ""),
+        (grpo.Config(), [0.0, 0.0, 2e15], r"1 of 3 .*: 2e\+15 for file, line 1"),
+    ):
+        job = rl_job(own=own, inputs={"prompts": prompts}, run=SimpleNamespace(name="spo"))
+        found = unfit_scores(job, (jnp.array(scores), np.array([2, 0, 1])))
+        assert re.search(said, found)
+        assert bool(found) == bool(said)
