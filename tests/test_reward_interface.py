@@ -30,7 +30,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from recorded import rl_job
 
 from rlhf_jax import Rollout, TrainState, grpo, rewards, rloo, training, vpg
-from rlhf_jax.algorithms import spo
+from rlhf_jax.algorithms import safe_rlhf, spo
 from rlhf_jax.config import RLStage
 from rlhf_jax.data import batches
 from rlhf_jax.data.encoding import EncodedPrompts
@@ -839,10 +839,10 @@ def test_a_run_of_pairs_compares_validations_with_the_first_policy(tmp_path):
 
 # --- Hostile rewards
 
-ALONE = ["vpg", "ppo", "spo"]
-GROUPED = ["rloo", "grpo", "clip_cov", "curriculum", "maxrl", "nash_md", "online_dpo", "otb"]
-GROUPED += ["pass_at_k", "replay", "safe_rlhf", "xpo"]
-METHODS = {name: {} for name in ALONE} | {name: {"group_size": 2} for name in GROUPED}
+OF_ONE_SIZE = ["vpg", "ppo", "spo", "nash_md", "online_dpo", "xpo"]
+GROUPED = ["rloo", "grpo", "clip_cov", "curriculum", "maxrl", "otb", "replay", "safe_rlhf"]
+METHODS = {name: {} for name in OF_ONE_SIZE} | {name: {"group_size": 2} for name in GROUPED}
+METHODS["pass_at_k"] = {"group_size": 2, "k": 2}
 METHODS["gdpo"] = {"group_size": 2, "components": ("cost",), "weights": (1.0,)}
 
 
@@ -850,7 +850,7 @@ def run_with(name, folder, reward):
     """The parameters after each of five steps, in the last of which the reward raises."""
     folder.mkdir()
     module = importlib.import_module(f"rlhf_jax.algorithms.{name}")
-    config = with_rl(letters_run(folder), num_iterations=5, validation_interval=9)
+    config = with_rl(letters_run(folder), batch_size=8, num_iterations=5, validation_interval=9)
     seen = []
     calls = itertools.count()  # the first is a validation
 
@@ -877,7 +877,8 @@ def friendly(call, responses, letter):
         scores[0] = None
     if call == 4:
         scores = [None] * len(scores)
-    return scores, {"cost": [None if score is None else 0.25 for score in scores]}
+    costs = [None if score is None else i % 3 / 4 for i, score in enumerate(scores)]
+    return scores, {"cost": costs}
 
 
 def hostile(call, responses, letter):
@@ -907,15 +908,17 @@ def test_what_a_hostile_reward_says_and_does_moves_no_bit(name, tmp_path):
 @pytest.mark.parametrize(
     ("name", "scores", "said"),
     [
-        ("curriculum", (2.0, 0.5), r"[12] of 4 scores are outside of 0 to 1, .* curriculum .* 2 "),
-        slow("spo", (-1.0, 0.0), r"2 of 4 scores are outside of 0 to 1, .* spo .* -1 for"),
-        slow("ppo", (1e20, 0.0), r"2 of 4 scores are outside of -1e\+15 to 1e\+15, .* 1e\+20 for"),
-        slow("rloo", (0.0, -1e20), r"2 of 4 scores are .* -1e\+20 for .*prompts\.json, row"),
+        ("curriculum", (2.0, 0.5), r"4 of 8 scores are outside of 0 to 1, .* curriculum .* 2 "),
+        slow("spo", (-1.0, 0.0), r"4 of 8 scores are outside of 0 to 1, .* spo .* -1 for"),
+        slow("ppo", (1e20, 0.0), r"4 of 8 scores are outside of -1e\+15 to 1e\+15, .* 1e\+20 for"),
+        slow("rloo", (0.0, -1e20), r"4 of 8 scores are .* -1e\+20 for .*prompts\.json, row"),
+        slow("maxrl", (0.0, -2.0), r"4 of 8 scores are outside of 0 to 1e\+15, .* -2 for"),
+        slow("nash_md", (3.0, -1.0), r"8 of 8 scores are outside of 0 to 1, .* nash_md needs"),
     ],
 )
 def test_scores_that_a_method_cannot_read_are_named_and_not_the_rate(name, scores, said, tmp_path):
     module = importlib.import_module(f"rlhf_jax.algorithms.{name}")
-    config = with_rl(letters_run(tmp_path), num_iterations=2, validation_interval=9)
+    config = with_rl(letters_run(tmp_path), batch_size=8, num_iterations=2)
     with pytest.raises(TrainingFault, match=f"not finite at step 1.*{said}") as fault:
         training.rl.run(
             config,
@@ -929,13 +932,25 @@ def test_scores_that_a_method_cannot_read_are_named_and_not_the_rate(name, score
 def test_scores_that_a_method_reads_are_no_cause():
     rows = [Row("ab", (), f"file, line {i}") for i in range(3)]
     prompts = EncodedPrompts(None, None, rows, (), {})
-    for own, scores, said in (
-        (spo.Config(), [0.0, 1.0, 0.5], ""),
-        (spo.Config(), [0.0, -0.25, 2.0], "2 of 3 .* spo needs: -0.25 for file, line 0. Scale"),
-        (grpo.Config(), [-1e15, 2.0, 1e15], ""),
-        (grpo.Config(), [0.0, 0.0, 2e15], r"1 of 3 .*: 2e\+15 for file, line 1"),
+    cost = safe_rlhf.Config(group_size=3)
+    for own, scores, costs, said in (
+        (spo.Config(), [0.0, 1.0, 0.5], [2e15] * 3, ""),
+        (
+            spo.Config(),
+            [0.0, -0.25, 2.0],
+            [0.0] * 3,
+            "2 of 3 scores .* spo .* -0.25 for file, line 0",
+        ),
+        (grpo.Config(), [-1e15, 2.0, 1e15], [2e15] * 3, ""),
+        (grpo.Config(), [0.0, 0.0, 2e15], [0.0] * 3, r"1 of 3 .*: 2e\+15 for file, line 1"),
+        (cost, [0.0] * 3, [math.nan, 0.0, 0.0], ""),
+        (cost, [0.0] * 3, [-2e15, math.nan, 0.0], r"1 of 3 cost .*: -2e\+15 for file, line 2"),
     ):
         job = rl_job(own=own, inputs={"prompts": prompts}, run=SimpleNamespace(name="spo"))
-        found = unfit_scores(job, (jnp.array(scores), np.array([2, 0, 1])))
+        extras = {"cost": jnp.array(costs)}
+        scored = rollout(texts="eee").replace(
+            scores=jnp.array(scores), row_ids=np.array([2, 0, 1]), extras=extras
+        )
+        found = unfit_scores(job, scored)()
         assert re.search(said, found)
         assert bool(found) == bool(said)

@@ -145,7 +145,7 @@ def run(
                     state,
                     metrics | learned,
                     sources=partial(job.schedule.sources, rows),
-                    cause=partial(unfit_scores, job, (rollout.scores, rollout.row_ids)),
+                    cause=unfit_scores(job, rollout),
                     examples=dict(collections.ChainMap(*map(dict, job.inputs.reward.examples))),
                 )
                 is_due = step % settings.validation_interval == 0

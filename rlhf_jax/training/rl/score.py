@@ -1,16 +1,15 @@
 """The scores of a rollout: of a reward on the devices, or of one in Python on the host."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from jax import Array
 
 from rlhf_jax.graders import spec
 from rlhf_jax.iteration import Functions
 from rlhf_jax.runs import processes
 from rlhf_jax.training.rl.schedule import Batch
-from rlhf_jax.types import Metrics, Rollout
+from rlhf_jax.types import AlgorithmConfig, Metrics, Rollout
 
 if TYPE_CHECKING:
     from rlhf_jax.graders.filter import Verdict
@@ -42,16 +41,28 @@ def score(job: "Job", rollout: Rollout, batch: Batch, judge: spec.Reward | None 
     return score_on_host(job.run.layout, reward, guard, rollout, batch, job.told)
 
 
-def unfit_scores(job: "Job", scored: tuple[Array | None, Array | None]) -> str:
-    """Which scores [B], of data rows [B], the algorithm cannot read; "" if it can read all."""
-    low, high = job.method.algorithm_config.score_range
-    scores, numbers = map(np.asarray, processes.fetch(scored))
-    outside = np.flatnonzero((scores < low) | (scores > high))
-    if not len(outside):
+def unfit_scores(job: "Job", rollout: Rollout) -> Callable[[], str]:
+    """Tells, once the update was not finite, which scores or components of rows the algorithm
+    cannot read; "" if it can read all.
+    """
+    config = job.method.algorithm_config
+    row_ids, extras = rollout.row_ids, rollout.extras or {}
+    given: Any = {name: extras[name] for name, kind in config.extras.items() if kind == "row"}
+    given["scores"] = rollout.scores
+
+    def cause() -> str:
+        numbers: Any
+        numbers, found = processes.fetch((row_ids, given))
+        for name, values in found.items():
+            low, high = config.score_range if name == "scores" else AlgorithmConfig.score_range
+            outside = np.flatnonzero((values < low) | (values > high))
+            if len(outside):
+                row = job.inputs.prompts.rows[numbers[outside[0]]]
+                return (
+                    f"{len(outside)} of {len(values)} {name} are outside of {low:g} to {high:g}, "
+                    f"which {job.run.name} needs: {values[outside[0]]:g} for {row.source}. Scale "
+                    "the reward (--reward 'SPEC*WEIGHT')"
+                )
         return ""
-    score, number = scores[outside[0]], numbers[outside[0]]
-    return (
-        f"{len(outside)} of {len(scores)} scores are outside of {low:g} to {high:g}, which "
-        f"{job.run.name} needs: {score:g} for {job.inputs.prompts.rows[number].source}. Scale the "
-        "reward (--reward 'SPEC*WEIGHT')"
-    )
+
+    return cause
