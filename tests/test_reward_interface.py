@@ -259,7 +259,7 @@ SIGNATURES = {
     "predictions, score": {"predictions": ANSWERS, "score": [7, 8]},
     "responses, output=5": {"responses": ANSWERS, "output": 5},
     "responses, label=None, prompt=None": {"responses": ANSWERS, "label": [3, 4], "prompt": None},
-    "x=1, /, *, text, answer=2": {"x": 1, "text": ANSWERS, "answer": ["x", "y"]},
+    "x=1, answer=2, /, *, text": {"x": 1, "answer": ["x", "y"], "text": ANSWERS},
     "queries, prompts, labels": {
         "queries": ["abea", "abe"],
         "prompts": ["ab"] * 2,
@@ -302,14 +302,16 @@ REFUSED = {
     "": "no parameter gets the responses",
     "a, /, response": "a;",
     "outputs, answers": "answers;",
+    "first, prompts": "no parameter gets the responses",
 }
 
 
 @pytest.mark.parametrize("parameters", REFUSED)
 def test_what_nothing_fills_is_refused_before_the_run(parameters, tmp_path):
     text = f"def f({parameters}):\n    return [0.0, 0.0]\n"
+    columns = [*ROWS, "first"] if "first, prompts" in parameters else [*ROWS]
     with pytest.raises(UserError, match=rf"mine\.py:f: .*{REFUSED[parameters]}.*mine\.py:1\)"):
-        build(tmp_path, text, "f", columns=[*ROWS])
+        build(tmp_path, text, "f", columns=columns)
 
 
 def test_a_function_of_c_gets_prompts_and_responses():
@@ -765,8 +767,27 @@ def test_what_a_judge_of_pairs_may_return():
         judge = pairs.by_function("x", lambda first, second, result=result: result, ())
         with pytest.raises(UserError, match=f"^x: .*{message}"):
             judge([pairs.Pair(0, "a", "b")], shown)
+    for lacks in (lambda prompts: [], lambda prompts, messages=None: []):
+        with pytest.raises(
+            UserError, match=r"^x: no parameter gets the responses; .* first, second"
+        ):
+            pairs.by_function("x", lacks, ("responses",))
     with pytest.raises(UserError, match=r"^x: nothing fills .*topic; .* are prompts, first"):
         pairs.by_function("x", lambda first, topic: [], ())
+
+
+def test_a_judge_of_pairs_gets_what_it_names():
+    seen = []
+    shown = {"prompts": ["p"], "messages": [None], "letter": ["c"]}
+    for parameters, expected in {
+        "second, /, prompt, x=1": {"second": ["b"], "prompt": ["p"], "x": 1},
+        "*, letter, first": {"letter": ["c"], "first": ["a"]},
+        "first, **rest": {"first": ["a"], "rest": shown | {"second": ["b"]}},
+    }.items():
+        fn = eval(f"lambda {parameters}: seen.append(locals()) or [0.5]", {"seen": seen})
+        judge = pairs.by_function("x", fn, ["letter"])
+        assert judge([pairs.Pair(0, "a", "b")], shown) == [0.5]
+        assert seen.pop() == expected
 
 
 def later_letter(first, second):

@@ -112,7 +112,7 @@ def by_function(where: str, fn: Callable[..., Any], columns: Collection[str]) ->
       UserError: it has another parameter; or, when it is called, it returned something else than a
         number from 0 to 1 or None for each pair.
     """
-    binding = binding_of(where, fn, _GIVEN, columns, answers=("first", "second", ALL))
+    binding = binding_of(where, fn, _GIVEN, columns)
 
     def judge(pairs: Pairs, shown: Shown) -> Shares:
         of_pairs = {name: [column[pair.row] for pair in pairs] for name, column in shown.items()}

@@ -44,7 +44,7 @@ ALIASES |= {f"{name}s": name for name in ("data_source", "ground_truth", "extra_
 and a parameter with a default is filled by its own name alone."""
 
 ALL = "all columns"  # what a ** parameter gets
-_ANSWERS = frozenset({"responses", "completions", "completion_ids", "queries", ALL})
+_ANSWERS = {"responses", "completions", "completion_ids", "queries", "first", "second"}
 
 IS_CHAT = "is chat"
 """Key of columns that no parameter can have: whether the data gives each prompt as messages."""
@@ -206,11 +206,8 @@ def _shown(
     in_response = rollout.mask
     is_before = np.cumsum(in_response, axis=1) == 0
     in_prompt = is_before & (rollout.attention_mask != 0)
-    shown: Texts = {}
-    for key, column in columns.items():
-        shown[key] = [column[row] for row in rows]
-    for name in ("messages", "opponents"):
-        shown.setdefault(name, [None] * len(rows))
+    shown: Texts = {name: [None] * len(rows) for name in ("messages", "opponents")}
+    shown |= {key: [column[row] for row in rows] for key, column in columns.items()}
     ids = np.arange(len(rollout.tokens)) if rollout.group_ids is None else rollout.group_ids
     shown["group_ids"] = ids[rows].tolist()
     shown["group_sizes"] = np.sum(ids[rows, None] == ids, axis=1).tolist()
@@ -226,7 +223,7 @@ def _called(name: str, fn: Function, shown: Texts) -> HostScores:
     values = {key: value for key, value in shown.items() if key not in (IS_CHAT, SOURCE)}
     binding = binding_of(name, fn, TEXTS, values)
     keys = {*binding.values()}
-    is_trl = "completions" in keys or keys.isdisjoint(_ANSWERS - {ALL})
+    is_trl = "completions" in keys or keys.isdisjoint(_ANSWERS.intersection(TEXTS))
     texts = zip(shown["prompts"], shown["responses"], strict=True)
     values["queries"] = [prompt + response for prompt, response in texts]
     if is_trl and any(shown.get(IS_CHAT, [])):
@@ -257,14 +254,10 @@ def _signature(fn: Function) -> inspect.Signature:
 
 
 def binding_of(
-    where: str,
-    fn: Function,
-    texts: Collection[str],
-    columns: Collection[str],
-    answers: Collection[str] = _ANSWERS,
+    where: str, fn: Function, texts: Collection[str], columns: Collection[str]
 ) -> dict[str, str]:
     """{parameter: the text, column or ``ALL`` that it gets}. UserError, beginning with ``where``:
-    nothing fills a parameter, or none of them gets one of the ``answers``.
+    nothing fills a parameter, or none of them gets responses.
     """
     binding = {}
     faults = []
@@ -277,8 +270,8 @@ def binding_of(
             binding[name] = key
         elif is_needed:
             faults.append(f"nothing fills the parameter {name}")
-    if {*answers}.isdisjoint(binding.values()):
-        faults.append(f"no parameter gets the responses ({', '.join(answers)})")
+    if {*binding.values()}.isdisjoint({ALL, *_ANSWERS.intersection(texts)}):
+        faults.append("no parameter gets the responses")
     if faults:
         own = [name for name in columns if name not in (*texts, IS_CHAT, SOURCE)]
         names = [*texts, *(name for name in ALIASES if ALIASES[name] in texts)]

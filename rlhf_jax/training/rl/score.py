@@ -45,23 +45,22 @@ def unfit_scores(job: "Job", rollout: Rollout) -> Callable[[], str]:
     """Tells, once the update was not finite, which scores or components of rows the algorithm
     cannot read; "" if it can read all.
     """
-    config = job.method.algorithm_config
-    row_ids, extras = rollout.row_ids, rollout.extras or {}
-    given: Any = {name: extras[name] for name, kind in config.extras.items() if kind == "row"}
-    given["scores"] = rollout.scores
+    config, extras = job.method.algorithm_config, rollout.extras or {}
+    parts: Any = {name: extras[name] for name, kind in config.extras.items() if kind == "row"}
+    given: Any = (rollout.row_ids, {**parts, "scores": rollout.scores})
 
     def cause() -> str:
-        numbers: Any
-        numbers, found = processes.fetch((row_ids, given))
+        numbers, found = processes.fetch(given)
         for name, values in found.items():
             low, high = config.score_range if name == "scores" else AlgorithmConfig.score_range
             outside = np.flatnonzero((values < low) | (values > high))
             if len(outside):
-                row = job.inputs.prompts.rows[numbers[outside[0]]]
+                place = outside[0]
                 return (
                     f"{len(outside)} of {len(values)} {name} are outside of {low:g} to {high:g}, "
-                    f"which {job.run.name} needs: {values[outside[0]]:g} for {row.source}. Scale "
-                    "the reward (--reward 'SPEC*WEIGHT')"
+                    f"which {job.run.name} needs: {values[place]:g} for "
+                    f"{job.inputs.prompts.rows[numbers[place]].source}. Scale the reward (--reward "
+                    "'SPEC*WEIGHT')"
                 )
         return ""
 
