@@ -362,6 +362,8 @@ class AlgorithmConfig:
     value_warmup: int = 0
     """Iterations at the start in which only the value function learns."""
 
+    score_range: tuple[float, float] = (-1e15, 1e15)
+    """Scores outside of it make an update that is not finite."""
     needs_teacher: bool = False
     """Whether the loss reads the policy's ``divergence`` from a teacher."""
     teacher: str | None = None

@@ -5,11 +5,13 @@ scored: from the function to the advantages.
 import copy
 import functools
 import importlib
+import itertools
 import json
 import logging
 import math
 import os
 import pickle
+import random
 import re
 import sys
 from dataclasses import replace
@@ -22,23 +24,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import letters_run, metric_rows, with_rl
+from builders import letters_run, metric_rows, slow, with_rl
 from jax.tree_util import Partial
 from numpy.testing import assert_allclose, assert_array_equal
 from recorded import rl_job
 
 from rlhf_jax import Rollout, TrainState, grpo, rewards, rloo, training, vpg
+from rlhf_jax.algorithms import safe_rlhf, spo
 from rlhf_jax.config import RLStage
 from rlhf_jax.data import batches
 from rlhf_jax.data.encoding import EncodedPrompts
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import characters, train_bpe
-from rlhf_jax.errors import UserError, logger
+from rlhf_jax.errors import TrainingFault, UserError, logger
 from rlhf_jax.graders import pairs, spec
 from rlhf_jax.iteration import LoopState
 from rlhf_jax.rewards.texts import check_function, on_texts
 from rlhf_jax.training.rl.schedule import Batch
-from rlhf_jax.training.rl.score import score
+from rlhf_jax.training.rl.score import score, unfit_scores
 from rlhf_jax.training.rl.validation import _samples, validate
 
 loop = importlib.import_module("rlhf_jax.training.rl.run")  # ``rl.run`` is its function
@@ -230,11 +233,10 @@ COLUMNS = {
 
 def test_a_function_takes_what_it_names():
     assert shown_to("responses", columns=COLUMNS) == {"responses": ["ea", "e"]}
-    assert shown_to("task, prompts", columns=COLUMNS) == {"task": [1, 2], "prompts": ["ab"] * 2}
-    assert shown_to("a, b, task", columns=COLUMNS) == {
-        "a": ["ab"] * 2,
-        "b": ["ea", "e"],
+    assert shown_to("task, outputs, prompt", columns=COLUMNS) == {
         "task": [1, 2],
+        "outputs": ["ea", "e"],
+        "prompt": ["ab"] * 2,
     }
     assert shown_to("prompts, responses, **more", columns=COLUMNS)["more"] == {
         "messages": COLUMNS["messages"],
@@ -243,6 +245,131 @@ def test_a_function_takes_what_it_names():
     eos = TOKENIZER.eos_id
     ids = [[*TOKENIZER.encode(text), eos] for text in ("ea", "e")]
     assert shown_to("completion_ids, x=3", columns=COLUMNS) == {"completion_ids": ids, "x": 3}
+
+
+ANSWERS = ["ea", "e"]
+ROWS = {"answer": ["x", "y"], "label": [3, 4], "data_source": ["s", "s"]}
+ROWS |= {"ground_truth": ["x", "y"], "extra_info": [{"i": 0}, {"i": 1}], "score": [7, 8]}
+SIGNATURES = {
+    "outputs, answer": {"outputs": ANSWERS, "answer": ["x", "y"]},
+    "response, prompt": {"response": ANSWERS, "prompt": ["ab"] * 2},
+    "completion, label": {"completion": ANSWERS, "label": [3, 4]},
+    "answer, /, texts": {"answer": ["x", "y"], "texts": ANSWERS},
+    "prompt, /, *, generations": {"prompt": ["ab"] * 2, "generations": ANSWERS},
+    "predictions, score": {"predictions": ANSWERS, "score": [7, 8]},
+    "responses, output=5": {"responses": ANSWERS, "output": 5},
+    "responses, label=None, prompt=None": {"responses": ANSWERS, "label": [3, 4], "prompt": None},
+    "x=1, answer=2, /, *, text": {"x": 1, "answer": ["x", "y"], "text": ANSWERS},
+    "queries, prompts, labels": {
+        "queries": ["abea", "abe"],
+        "prompts": ["ab"] * 2,
+        "labels": [3, 4],
+    },
+    "data_sources, solution_strs, ground_truths, extra_infos": {
+        "data_sources": ["s", "s"],
+        "solution_strs": ANSWERS,
+        "ground_truths": ["x", "y"],
+        "extra_infos": ROWS["extra_info"],
+    },
+}
+
+
+@pytest.mark.parametrize("parameters", SIGNATURES)
+def test_parameters_are_told_by_their_names(parameters):
+    assert shown_to(parameters, columns=ROWS) == SIGNATURES[parameters]
+
+
+def test_a_column_comes_before_another_name_of_a_text():
+    given = ROWS | {"output": ["c", "d"], "labels": [5, 6]}
+    assert shown_to("output, labels, text", columns=given) == {
+        "output": ["c", "d"],
+        "labels": [5, 6],
+        "text": ANSWERS,
+    }
+    with pytest.raises(UserError, match="no parameter gets the responses"):
+        shown_to("output, prompt", columns=given)
+
+
+REFUSED = {
+    "first, second": "first; the prompts' columns are answer, .* parameters are prompts, .* text",
+    "prompts, reply": "reply;",
+    "*texts": "texts;",
+    "responses, *, gold": "gold;",
+    "query, response": "query;",
+    "prompts, answer": "no parameter gets the responses",
+    "answer": "no parameter gets the responses",
+    "prompts, output=None": "no parameter gets the responses",
+    "": "no parameter gets the responses",
+    "a, /, response": "a;",
+    "outputs, answers": "answers;",
+    "first, prompts": "no parameter gets the responses",
+}
+
+
+@pytest.mark.parametrize("parameters", REFUSED)
+def test_what_nothing_fills_is_refused_before_the_run(parameters, tmp_path):
+    text = f"def f({parameters}):\n    return [0.0, 0.0]\n"
+    columns = [*ROWS, "first"] if "first, prompts" in parameters else [*ROWS]
+    with pytest.raises(UserError, match=rf"mine\.py:f: .*{REFUSED[parameters]}.*mine\.py:1\)"):
+        build(tmp_path, text, "f", columns=columns)
+
+
+def test_a_function_of_c_gets_prompts_and_responses():
+    with pytest.raises(UserError, match="got str: 'ea'"):  # the later of both lists
+        called(max)
+
+
+def test_a_function_of_verl_is_called_for_each_row():
+    seen = []
+
+    def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+        seen.append((data_source, solution_str, ground_truth, extra_info, kwargs["answer"]))
+        return {"score": len(solution_str), "acc": ground_truth == "y", "pred": solution_str}
+
+    scored, parts = called(compute_score, ROWS)
+    assert seen == [("s", "ea", "x", {"i": 0}, "x"), ("s", "e", "y", {"i": 1}, "y")]
+    assert scored.scores.tolist() == [2, 1]
+    assert {name: values.tolist() for name, values in parts.items()} == {"acc": [0, 1]}
+    plain, parts = called(lambda solution_str, ground_truth: solution_str == "e", ROWS)
+    assert (plain.scores.tolist(), parts) == ([0, 1], {})
+
+    async def later(solution_str, extra_info):
+        return None if extra_info["i"] else {"score": np.float32(3), "part": np.int64(4)}
+
+    scored, parts = called(later, ROWS)
+    assert scored.present.tolist() == [True, False]
+    assert_array_equal(parts["part"], [4, math.nan])
+    batched, parts = called(lambda solution_strs: [{"score": 1, "n": 2}, {"score": 3}], ROWS)
+    assert batched.scores.tolist() == [1, 3]
+    assert_array_equal(parts["n"], [2, math.nan])
+    columns = ROWS | {"solution_str": ["c", "d"]}  # then it is none of verl's
+    given = shown_to("responses, solution_str", columns=columns)
+    assert given == {"responses": ANSWERS, "solution_str": ["c", "d"]}
+
+
+def test_a_function_of_openrlhf_returns_a_tensor_or_a_dict():
+    def reward_func(queries, prompts, labels, **kwargs):
+        said = [len(query.removeprefix("ab")) for query in queries]
+        return {
+            "rewards": jnp.float32(said),
+            "scores": np.array(labels) / 10,
+            "extra_logs": {"length": jnp.int32(said)},
+        }
+
+    scored, parts = called(reward_func, ROWS)
+    assert scored.scores.tolist() == [2, 1]
+    assert_allclose(parts["scores"], [0.3, 0.4])
+    assert parts["length"].tolist() == [2, 1]
+    alone, parts = called(lambda queries: {"rewards": np.array([[5.0], [6.0]])[:, 0]})
+    assert (alone.scores.tolist(), parts) == ([5, 6], {})
+    chat = shown_to("queries, prompts", columns=COLUMNS)
+    assert chat == {"queries": ["abea", "abe"], "prompts": ["ab"] * 2}
+
+
+def test_python_gives_functions_of_other_names_as_texts():
+    for parameters in ("prompt, response", "output", "solution_str, ground_truth", "queries"):
+        fn = eval(f"lambda {parameters}: []")
+        assert spec.given(fn) is fn
 
 
 def test_a_function_may_change_what_it_gets():
@@ -254,7 +381,7 @@ def test_a_function_may_change_what_it_gets():
     def pops(responses, tests):
         return [len(row) + len(row.pop()) for row in tests]
 
-    def appends(prompts, messages, **columns):
+    def appends(prompts, responses, messages, **columns):
         prompts.clear()
         return [len(row.append("answer") or row) for row in messages]
 
@@ -265,9 +392,9 @@ def test_a_function_may_change_what_it_gets():
     assert [called(appends, columns)[0].scores.tolist() for _ in range(2)] == [[2, 2]] * 2
     score = spec.given(on_host).host
     assert rewards.on_host(score, rollout(), columns)[0].scores.tolist() == [3, 3]
-    assert on_texts(pops, ["p"] * 2, ["r"] * 2, columns) == [3, 3]
+    assert on_texts(pops, ["p"] * 2, ["r"] * 2, columns) == ([3, 3], {})
     longer = pairs.by_function(
-        "--reward pairs:f", lambda tests: [0.5 * len(x.pop()) for x in tests], ["tests"]
+        "--reward pairs:f", lambda first, tests: [0.5 * len(x.pop()) for x in tests], ["tests"]
     )
     assert longer([pairs.Pair(0, "a", "b")] * 2, columns) == [0.5, 0.5]
     assert columns == before
@@ -277,7 +404,7 @@ def test_a_function_may_not_move_or_end_the_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "below").mkdir()
     (tmp_path / "moves.py").write_text("import os\nos.chdir('below')\nf = os.getcwd\n")
-    assert spec._loaded("--reward", Path("moves.py"), "f")() == str(tmp_path)
+    assert spec.load_function("--reward", Path("moves.py"), "f")() == str(tmp_path)
 
     async def later(responses):
         return moves(responses)
@@ -303,11 +430,11 @@ def test_a_function_may_not_move_or_end_the_run(tmp_path, monkeypatch):
 
 def test_a_column_with_the_name_of_a_text_of_the_run_is_refused():
     for name in ("responses", "prompts", "completions", "completion_ids"):
-        fn = eval(f"lambda {name}, answer=None: []")
+        fn = eval(f"lambda {name}, answer=None, **rest: []")
         with pytest.raises(UserError, match=f"here: {name} is a column .* rename"):
             check_function("here", fn, [name])
         check_function("here", fn, ["response", "chosen", "rejected", "messages"])
-    check_function("here", lambda a, b: [], ["responses"])
+    check_function("here", lambda prompts, output: [], ["responses"])
     check_function("here", lambda responses, messages: [], ["messages"])
     check_function("here", lambda responses, **columns: [], ["completions"])
     given = {"response": [1, 2], "chosen": ["c", "d"], "rejected": [None, "r"]}
@@ -320,7 +447,7 @@ def test_a_column_with_the_name_of_a_text_of_the_run_is_refused():
 def test_numbers_of_other_kinds_are_scores():
     for one, two in ((Decimal("0.5"), Fraction(1, 2)), (np.float16(0.5), np.bool_(True))):
         assert called(lambda responses, given=(one, two): list(given))[0].scores[0] == 0.5
-    for bad in (Decimal("NaN"), Decimal("1e400"), -(10**400), 1e39, float("nan")):
+    for bad in (Decimal("NaN"), Decimal("sNaN"), Decimal("1e400"), -(10**400), 1e39, math.nan):
         with pytest.raises(FloatingPointError, match=r"row 0, prompt 'ab', .*: (nan|inf|-inf)"):
             called(lambda responses, bad=bad: [bad, 1])
 
@@ -336,7 +463,7 @@ def test_a_file_is_an_imported_module_that_can_be_pickled(tmp_path):
             file.parent.mkdir(exist_ok=True)
             file.write_text(text + f"where = lambda: '{folder}'\n")
             for function in ("count", "one", "Case", "where"):
-                fn = spec._loaded("--reward", file, function)
+                fn = spec.load_function("--reward", file, function)
                 loaded[folder, name, function] = fn
                 if function != "where":
                     assert pickle.loads(pickle.dumps(fn)) is fn
@@ -347,12 +474,12 @@ def test_a_file_is_an_imported_module_that_can_be_pickled(tmp_path):
     one = loaded["a", "pickled_reward.py", "one"]
     assert one.__module__ == "pickled_reward"
     file.write_text("def one(text): return 7\n")
-    changed = spec._loaded("--reward", file, "one")
+    changed = spec.load_function("--reward", file, "one")
     assert changed("") == 7
-    assert spec._loaded("--reward", file, "one") is changed
+    assert spec.load_function("--reward", file, "one") is changed
     file.write_text("raise KeyError('early')\n")
     with pytest.raises(KeyError):
-        spec._loaded("--reward", file, "one")
+        spec.load_function("--reward", file, "one")
 
 
 def test_what_python_gives_as_a_reward_is_told_from_its_parameters():
@@ -377,7 +504,7 @@ def test_what_python_gives_as_a_reward_is_told_from_its_parameters():
     for wrong in (lambda: None, lambda x, y, z: None, lambda *, rollout: None, max, "math", None):
         with pytest.raises(UserError, match="reward: expected a function of a rollout"):
             spec.given(wrong)
-    reward = spec.of_texts(texts, TOKENIZER)
+    reward = spec.of_texts("reward", texts, TOKENIZER, ())
     assert reward.host is not None
     assert reward.examples == ()
 
@@ -400,7 +527,7 @@ def test_prompts_have_the_tokens_that_end_turns():
     ended.tokens[:, 0] = TOKENIZER.eos_id
     seen = []
 
-    def score(prompts):
+    def score(prompts, responses):
         seen.extend(prompts)
         return [0, 0]
 
@@ -441,7 +568,7 @@ def test_a_fault_has_the_line_of_the_function(tmp_path):
         reward = build(tmp_path, text, name)
         with pytest.raises(UserError, match=f"^the reward function {name}: {place}"):
             rewards.on_host(reward.host, rollout(), {})
-    with pytest.raises(UserError, match=rf"'subject'; the prompts' columns are task, .*{file}:10"):
+    with pytest.raises(UserError, match=rf"subject; the prompts' columns are task, .*{file}:10"):
         build(tmp_path, text, "what")
 
 
@@ -640,8 +767,27 @@ def test_what_a_judge_of_pairs_may_return():
         judge = pairs.by_function("x", lambda first, second, result=result: result, ())
         with pytest.raises(UserError, match=f"^x: .*{message}"):
             judge([pairs.Pair(0, "a", "b")], shown)
-    with pytest.raises(UserError, match=r"x: .*topic.* has parameters of the names prompts, first"):
+    for lacks in (lambda prompts: [], lambda prompts, messages=None: []):
+        with pytest.raises(
+            UserError, match=r"^x: no parameter gets the responses; .* first, second"
+        ):
+            pairs.by_function("x", lacks, ("responses",))
+    with pytest.raises(UserError, match=r"^x: nothing fills .*topic; .* are prompts, first"):
         pairs.by_function("x", lambda first, topic: [], ())
+
+
+def test_a_judge_of_pairs_gets_what_it_names():
+    seen = []
+    shown = {"prompts": ["p"], "messages": [None], "letter": ["c"]}
+    for parameters, expected in {
+        "second, /, prompt, x=1": {"second": ["b"], "prompt": ["p"], "x": 1},
+        "*, letter, first": {"letter": ["c"], "first": ["a"]},
+        "first, **rest": {"first": ["a"], "rest": shown | {"second": ["b"]}},
+    }.items():
+        fn = eval(f"lambda {parameters}: seen.append(locals()) or [0.5]", {"seen": seen})
+        judge = pairs.by_function("x", fn, ["letter"])
+        assert judge([pairs.Pair(0, "a", "b")], shown) == [0.5]
+        assert seen.pop() == expected
 
 
 def later_letter(first, second):
@@ -710,3 +856,122 @@ def test_a_run_of_pairs_compares_validations_with_the_first_policy(tmp_path):
         assert low <= row["validation/win_rate"] == row["validation/score"] <= high
         if row["step"]:
             assert row["objective/score"] == pytest.approx(0.5)  # of a group's shares
+
+
+# --- Hostile rewards
+
+OF_ONE_SIZE = ["vpg", "ppo", "spo", "nash_md", "online_dpo", "xpo"]
+GROUPED = ["rloo", "grpo", "clip_cov", "curriculum", "maxrl", "otb", "replay", "safe_rlhf"]
+METHODS = {name: {} for name in OF_ONE_SIZE} | {name: {"group_size": 2} for name in GROUPED}
+METHODS["pass_at_k"] = {"group_size": 2, "k": 2}
+METHODS["gdpo"] = {"group_size": 2, "components": ("cost",), "weights": (1.0,)}
+
+
+def run_with(name, folder, reward):
+    """The parameters after each of five steps, in the last of which the reward raises."""
+    folder.mkdir()
+    module = importlib.import_module(f"rlhf_jax.algorithms.{name}")
+    config = with_rl(letters_run(folder), batch_size=8, num_iterations=5, validation_interval=9)
+    seen = []
+    calls = itertools.count()  # the first is a validation
+
+    def score(responses, letter):
+        return reward(next(calls), responses, letter)
+
+    with pytest.raises(UserError, match=r"(?s)RuntimeError: it broke .*Step 4 of 5 is saved"):
+        training.rl.run(
+            config,
+            module,
+            module.Config(**METHODS[name]),
+            reward=score,
+            on_step=lambda step, state, *more: seen.append(jax.device_get(state.train.params)),
+        )
+    assert len(seen) == 4
+    return seen
+
+
+def friendly(call, responses, letter):
+    scores = [float((i + call) % 2) for i in range(len(responses))]
+    if call == 5:
+        raise RuntimeError("it broke")
+    if call == 2:
+        scores[0] = None
+    if call == 4:
+        scores = [None] * len(scores)
+    costs = [None if score is None else i % 3 / 4 for i, score in enumerate(scores)]
+    return scores, {"cost": costs}
+
+
+def hostile(call, responses, letter):
+    """The same, in other types, with other components, and with changes of what is not its own."""
+    kinds = (np.float16, Decimal, np.bool_, np.array, Fraction, np.int8, jnp.float32, np.longdouble)
+    scores, parts = friendly(call, responses, letter)
+    if call == 1:
+        scores = [kind(score) for kind, score in zip(itertools.cycle(kinds), scores)]
+    if call in (2, 3):
+        parts |= {f"part of {call}": [1.0] * len(scores)}
+    if call == 3:
+        responses.clear()
+        letter.clear()
+        random.seed(1)
+        np.random.seed(1)  # noqa: NPY002
+    return scores, parts
+
+
+@pytest.mark.parametrize("name", [x if x == "rloo" else slow(x) for x in METHODS])
+def test_what_a_hostile_reward_says_and_does_moves_no_bit(name, tmp_path):
+    expected = run_with(name, tmp_path / "friendly", friendly)
+    for step, params in enumerate(run_with(name, tmp_path / "hostile", hostile)):
+        jax.tree.map(assert_array_equal, params, expected[step])
+    assert any(map(np.any, jax.tree.leaves(jax.tree.map(np.subtract, *expected[:2]))))
+
+
+@pytest.mark.parametrize(
+    ("name", "scores", "said"),
+    [
+        ("curriculum", (2.0, 0.5), r"4 of 8 scores are outside of 0 to 1, .* curriculum .* 2 "),
+        slow("spo", (-1.0, 0.0), r"4 of 8 scores are outside of 0 to 1, .* spo .* -1 for"),
+        slow("ppo", (1e20, 0.0), r"4 of 8 scores are outside of -1e\+15 to 1e\+15, .* 1e\+20 for"),
+        slow("rloo", (0.0, -1e20), r"4 of 8 scores are .* -1e\+20 for .*prompts\.json, row"),
+        slow("maxrl", (0.0, -2.0), r"4 of 8 scores are outside of 0 to 1e\+15, .* -2 for"),
+        slow("nash_md", (3.0, -1.0), r"8 of 8 scores are outside of 0 to 1, .* nash_md needs"),
+    ],
+)
+def test_scores_that_a_method_cannot_read_are_named_and_not_the_rate(name, scores, said, tmp_path):
+    module = importlib.import_module(f"rlhf_jax.algorithms.{name}")
+    config = with_rl(letters_run(tmp_path), batch_size=8, num_iterations=2)
+    with pytest.raises(TrainingFault, match=f"not finite at step 1.*{said}") as fault:
+        training.rl.run(
+            config,
+            module,
+            module.Config(**METHODS[name]),
+            reward=lambda responses: [scores[i % 2] for i in range(len(responses))],
+        )
+    assert "rate" not in str(fault.value)
+
+
+def test_scores_that_a_method_reads_are_no_cause():
+    rows = [Row("ab", (), f"file, line {i}") for i in range(3)]
+    prompts = EncodedPrompts(None, None, rows, (), {})
+    cost = safe_rlhf.Config(group_size=3)
+    for own, scores, costs, said in (
+        (spo.Config(), [0.0, 1.0, 0.5], [2e15] * 3, ""),
+        (
+            spo.Config(),
+            [0.0, -0.25, 2.0],
+            [0.0] * 3,
+            "2 of 3 scores .* spo .* -0.25 for file, line 0",
+        ),
+        (grpo.Config(), [-1e15, 2.0, 1e15], [2e15] * 3, ""),
+        (grpo.Config(), [0.0, 0.0, 2e15], [0.0] * 3, r"1 of 3 .*: 2e\+15 for file, line 1"),
+        (cost, [0.0] * 3, [math.nan, 0.0, 0.0], ""),
+        (cost, [0.0] * 3, [-2e15, math.nan, 0.0], r"1 of 3 cost .*: -2e\+15 for file, line 2"),
+    ):
+        job = rl_job(own=own, inputs={"prompts": prompts}, run=SimpleNamespace(name="spo"))
+        extras = {"cost": jnp.array(costs)}
+        scored = rollout(texts="eee").replace(
+            scores=jnp.array(scores), row_ids=np.array([2, 0, 1]), extras=extras
+        )
+        found = unfit_scores(job, scored)()
+        assert re.search(said, found)
+        assert bool(found) == bool(said)

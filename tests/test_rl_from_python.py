@@ -134,7 +134,7 @@ def test_a_function_of_texts_that_asks_for_a_missing_column_is_refused(config):
     def reward(prompts, responses, gold):
         return [0.0] * len(prompts)
 
-    with pytest.raises(UserError, match=r"reward: .* argument: 'gold'"):
+    with pytest.raises(UserError, match=r"reward: nothing fills .* gold"):
         rl.run(config, rloo, reward=reward)
 
 

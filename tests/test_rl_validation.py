@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -15,11 +16,12 @@ import pytest
 from builders import Killed, json_lines, metric_rows
 from recorded import rl_job
 
-from rlhf_jax import grpo, training, vpg
-from rlhf_jax.config import Network, RLStage, RunConfig, Tokenizer
+from rlhf_jax import grpo, rewards, rloo, training, vpg
+from rlhf_jax.config import Judge, Network, RLStage, RunConfig, Safety, Tokenizer
 from rlhf_jax.data import tokenizers
 from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError
+from rlhf_jax.graders import spec, verifiable
 from rlhf_jax.metrics import share_interval, student
 from rlhf_jax.report import plots
 from rlhf_jax.runs import folder
@@ -267,11 +269,65 @@ def test_the_interval_of_a_win_rate_is_one_over_prompts():
     assert by_prompt["validation/win_rate_high"] == np.float32(high)
 
 
-def test_a_column_that_validation_lacks_is_refused(config, tmp_path):
+SCORERS = """
+def reads(prompts, responses, topic=None): pass
+def takes(prompts, responses, **columns): pass
+def pair(first, second, topic): pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("place", "entries", "is_read"),
+    [
+        ("reward", ["mine.py:takes"], False),
+        ("reward", ["mine.py:reads"], True),
+        ("reward", ["count:e", "mine.py:reads*0"], True),
+        ("reward", ["pairs:mine.py:pair"], True),
+        ("reward", ["judge:topic.yaml else 0"], True),
+        ("reward", ["judge:plain.yaml"], False),
+        ("judge", ["mine.py:takes"], False),
+        ("judge", ["mine.py:reads"], True),
+        ("judge", ["pairs:judge:plain.yaml"], False),
+        ("judge", ["pairs:judge:topic.yaml"], True),
+        ("classifier", "mine.py:takes", False),
+        ("classifier", "mine.py:reads", True),
+    ],
+)
+def test_a_column_that_validation_lacks_is_refused_if_a_scorer_reads_it(
+    place, entries, is_read, config, tmp_path, monkeypatch
+):
+    """By its name. The run is built, and ends before its first step."""
     write(tmp_path / "others.json", [{"prompt": "x", "level": 1}])
-    with pytest.raises(UserError, match=r"rl\.validation_data: its rows have no topic"):
-        training.rl.run(config, vpg)
-    assert folder.is_unused(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(SCORERS)
+    Path("plain.yaml").write_text("criteria: kind")
+    Path("topic.yaml").write_text("criteria: kind\ncolumns: [topic]")
+    ends_before_its_first_step(monkeypatch)
+    given = {
+        "reward": lambda: replace(config, reward=tuple(entries)),
+        "judge": lambda: replace(config, rl=replace(config.rl, judge=tuple(entries))),
+        "classifier": lambda: replace(config, safety=Safety(classifier=entries, below=0.0)),
+    }[place]()
+    given = replace(given, judge=Judge(url="http://localhost/v1", model="m"))
+    refused = pytest.raises(UserError, match=r"rl\.validation_data: its rows have no topic, ")
+    with refused if is_read else pytest.raises(Killed):
+        training.rl.run(given, rloo, rloo.Config(group_size=2))
+    assert not is_read or folder.is_unused(tmp_path / "run")
+
+
+def test_what_is_read_of_the_rows_is_known_of_every_reward(monkeypatch):
+    monkeypatch.setattr(verifiable, "gym_rows", lambda task: [])
+
+    def reads(*entries):
+        how = {"tokenizer": tokenizers.characters("abc"), "load": pytest.fail}
+        columns = ("answer", "gym", "topic")
+        return spec.build_reward(entries, columns=columns, **how).reads
+
+    assert reads("math") == {"answer"}
+    assert reads("gym:leg_counting", "length", "regex:a*2") == {"gym"}
+    assert reads("http://localhost/score", "count:a") == set()
+    told = spec.given(rewards.teacher_prompts(lambda text: [1], "topic"))
+    assert told.reads == {"topic"}
 
 
 def ends_before_its_first_step(monkeypatch):
@@ -287,9 +343,9 @@ def test_prompts_are_validated_without_the_answers_of_training(config, tmp_path,
     pairs = [row | {"chosen": "c", "rejected": "r"} for row in PROMPTS]
     write(tmp_path / "prompts.json", [*pairs, {"prompt": "x", "topic": "fox", "response": "y"}])
     (tmp_path / "mine.py").write_text("def score(prompts, responses, chosen, response): pass")
-    spec = (f"{tmp_path / 'mine.py'}:score",)
+    scorer = (f"{tmp_path / 'mine.py'}:score",)
     ends_before_its_first_step(monkeypatch)
-    judged = replace(config, reward=spec, rl=replace(config.rl, judge=spec))
+    judged = replace(config, reward=scorer, rl=replace(config.rl, judge=scorer))
     with pytest.raises(Killed):
         training.rl.run(judged, vpg)
 

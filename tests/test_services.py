@@ -20,7 +20,7 @@ from rlhf_jax.config import Judge
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import ServiceError, UserError
 from rlhf_jax.evaluation import evaluate
-from rlhf_jax.graders import client, service, spec
+from rlhf_jax.graders import client, pairs, service, spec
 from rlhf_jax.graders.replies import Replies
 from rlhf_jax.graders.service import RubricJudge, Services
 from rlhf_jax.rewards import Unscored
@@ -108,8 +108,9 @@ def test_a_reply_that_is_not_the_protocols_is_an_error_at_once(serve):
 RUBRIC = "criteria: how kind the answer is\nscale: [1, 5]\n"
 
 
-def chat(text):
-    return {"choices": [{"message": {"role": "assistant", "content": text}}]}
+def chat(text, finish_reason=None):
+    message = {"role": "assistant", "content": text}
+    return {"choices": [{"message": message, "finish_reason": finish_reason}]}
 
 
 def judged_letters(number, body):
@@ -174,6 +175,175 @@ def test_what_a_reply_scores(serve, tmp_path):
     assert scores == [none if score is None else score for score in SCORES.values()]
     assert judge.take_unparsed() == 5
     assert judge.take_unparsed() == 0
+
+
+NUMBERS = {  # on a scale from -20 to 20
+    "Score: .8": 0.8,
+    "Score: 1e-1": 0.1,
+    "Score: 5E-1.": 0.5,
+    "Score: \N{MINUS SIGN}3": -3,
+    "Score: \N{EN DASH}3": -3,
+    "Score: -.5": -0.5,
+    "Score: +3": 3,
+    "Score: 8.": 8,
+    "**Score:** `8`": 8,
+    '{"score": 8.25, "why": "kind"}': 8.25,
+    '{"score": "7"}': 7,
+    "Rating\n\nScore:\n\n**7**\n9 was too much": 7,
+    "Score: [[7]]": 7,
+    "Score: 7 (mostly kind)": 7,
+    "Score: 7 points": 7,
+    "Score: 17/20": 17,
+    "Score: **17**/20": 17,
+    "Score: 17 out of 20": 17,
+    "Score: 17 (out of 20)": 17,
+    "Sub-score: 3, total score: 4": 4,
+    "Score: 8,5": None,
+    "Score: 1,000": None,
+    "Score: 1.2.3": None,
+    "Score: 8-9": None,
+    "Score: 8 \N{EN DASH} 9": None,
+    "Score: 8 to 9": None,
+    "Score: 8 or **9**": None,
+    "Score: 3 1/2": None,
+    "Score: 8\N{VULGAR FRACTION ONE HALF}": None,
+    "Score: 8 and a half": None,
+    "Score: 7/10": None,  # of another scale
+    "Score: 7 out of 10": None,
+    "Score: 80%": None,
+    "Score: 8th": None,
+    "Score: 0x8": None,
+    "Score: 1e": None,
+    "Score: 1e400": None,
+    "Score: ~8": None,
+    "Score: - 3": None,
+    "Score: not 8": None,
+    "underscore: 8": None,
+    "Score: 3\nScore: none": None,
+    "Score 8": None,
+    "<think>Score: 9</think>Score: 2": 2,
+    "<think>Score: 9</think>": None,
+    "<think>Score: 9": None,
+    "Score: 9?</think>Score: 2": 2,
+    "Score: 9</think>\nI cannot say": None,
+    "Score: 2\n<think>Score: 9": 2,
+}
+
+
+@pytest.mark.parametrize("reply", NUMBERS)
+def test_a_score_is_the_number_as_it_is_written_or_none(reply):
+    judge = RubricJudge(service.Rubric("kind", (-20, 20)), Services(Judge(url="http://a")))
+    assert judge._score(reply) == NUMBERS[reply]
+
+
+def test_a_long_reply_is_read_in_linear_time():
+    judge = RubricJudge(service.Rubric("kind", (-20, 20)), Services(Judge(url="http://a")))
+    long = ["score" * 40_000, "score: " * 40_000, "score" + " *" * 100_000, "score: 1" * 40_000]
+    started = time.perf_counter()
+    assert [judge._score(text) for text in [*long, "score: " + "1" * 200_000]] == [None] * 5
+    assert time.perf_counter() - started < 5
+
+
+CUT = {  # {what the server says: what a judge of (answer, max_tokens) reads, how often it asks}
+    "again": ([("Score: 8", "length"), ("Score: 3", "stop")], 3, [7, 28]),
+    "twice cut": ([("Score: 8", "length"), ("Score: 9", "length")], None, [7, 28]),
+    "whole": ([("Score: 8", "stop")], 8, [7]),
+    "thoughts": ([("<think>Score: 9? It", "length"), ("Score: 2", None)], 2, [7, 28]),
+    "its own limit": ([("Score: 8", "length")], None, [None]),
+    "too many": ([("Score: 8", "length"), (400, b"at most 20 tokens")], None, [7, 28]),
+    "filtered": ([("", "content_filter")], None, [7]),
+}
+
+
+@pytest.mark.parametrize("case", CUT)
+def test_a_reply_that_was_cut_is_asked_for_once_more_with_more_room(case, serve, tmp_path):
+    said, expected, limits = CUT[case]
+    server = serve(lambda n, body: said[n] if said[n][0] == 400 else chat(*said[n]))
+    judge = rubric_judge(server, tmp_path, RUBRIC.replace("5", "10"), max_tokens=limits[0])
+    [score] = judge(["p"], ["a"])
+    assert (None if isinstance(score, Unscored) else score) == expected
+    assert [body.get("max_tokens") for body in server.asked] == limits
+    assert judge.take_unparsed() == (expected is None)
+
+
+@pytest.mark.parametrize("reply", [None, "", " ", "I cannot say", "Score: 6", "Score: 8-9"])
+def test_only_verdicts_are_kept(reply, serve, tmp_path):
+    """What has none is asked again, but once in a call; also what another version has kept."""
+    server = serve(lambda number, body: chat(reply if number < 2 else "Score: 4"))
+    judge = rubric_judge(server, tmp_path)
+    for asked in (1, 2):
+        assert all(isinstance(score, Unscored) for score in judge(["p"] * 3, ["a"] * 3))
+        assert len(server.asked) == asked
+    kept = Replies(tmp_path / "judge")
+    question = judge._question({"conversation": "p", "answer": "a"})
+    assert question not in kept
+    kept.add(question, reply or "")
+    for _ in range(2):
+        assert rubric_judge(server, tmp_path)(["p"], ["a"]) == [4]
+    assert len(server.asked) == 3
+    assert Replies(tmp_path / "judge")[question] == "Score: 4"
+
+
+WINNERS = {
+    "Winner: A": 1.0,
+    "Winner: b": 0.0,
+    "Winner: tie": 0.5,
+    "Winner: a tie": 0.5,
+    "Winner: A tie.": 0.5,
+    "Winner: **A draw**": 0.5,
+    "Winner: tie between A and B": 0.5,
+    "**Winner:** **B**": 0.0,
+    "Winner: [[A]]": 1.0,
+    '{"winner": "B"}': 0.0,
+    "Winner: Answer A": 1.0,
+    "Winner: the response B.": 0.0,
+    "Winner: A (because B is rude)": 1.0,
+    "Winner: A (a kinder one)": 1.0,
+    "Winner: B, but only just": 0.0,
+    "Winner: A \N{EN DASH} it is kinder": 1.0,
+    "Winner: A because B is rude": 1.0,
+    "Winner: B\nA is worse": 0.0,
+    "Winner: A would be odd.\nWinner: B": 0.0,
+    "<think>Winner: A</think>Winner: B": 0.0,
+    "Winner: A or B": None,
+    "Winner: a, b": None,
+    "Winner: A/B": None,
+    "Winner: A, B": None,
+    "Winner: A (or B)": None,
+    "Winner: A and B": None,
+    "Winner: A & B": None,
+    "Winner: A, and answer B": None,
+    "Winner: A (tie)": None,
+    "Winner: A close call": None,
+    "Winner: a better answer is B": None,
+    "Winner: A?": None,
+    "Winner: AB": None,
+    "Winner: not A": None,
+    "Winner: neither": None,
+    "Winner: both": None,
+    "Winner: equal": None,
+    "Winner: A\nWinner: unclear": None,
+    "co-winners: A": None,
+    "<think>Winner: A": None,
+    "A": None,
+    "": None,
+}
+
+
+@pytest.mark.parametrize("reply", WINNERS)
+def test_a_winner_is_a_letter_or_a_tie_and_never_the_wrong_letter(reply):
+    assert pairs._winner(reply) == WINNERS[reply]
+
+
+def test_a_judge_of_pairs_asks_again_for_what_was_cut(serve, tmp_path):
+    said = [("Winner: A", "length"), ("Winner: B", "stop"), ("Winner: a tie", "stop")]
+    server = serve(lambda number, body: chat(*said[number]))
+    services = Services(Judge(url=server.url, model="m", concurrency=1), tmp_path)
+    judge = pairs.RubricPairs(service.Rubric("kind"), services)
+    shown = {"prompts": ["p"], "messages": [None]}
+    for _ in range(2):  # then from what is kept
+        assert pairs.in_both_orders(judge, [pairs.Pair(0, "x", "y")], shown) == [0.25]
+    assert len(server.asked) == 3
 
 
 def test_no_question_is_asked_twice_but_one_whose_reply_a_kill_cut_off(serve, tmp_path):
@@ -395,14 +565,16 @@ def test_a_judged_run_counts_what_has_no_score_and_writes_no_key(judged):
 
 
 @pytest.mark.slow
-def test_a_run_with_the_replies_of_another_asks_nothing(judged, tmp_path):
+def test_a_run_with_the_replies_of_another_asks_what_had_no_verdict(judged, tmp_path):
     config, server = judged
     rl.run(config, vpg)
     asked = len(server.asked)
     again = replace(config, output_dir=str(tmp_path / "again"), resume=True)
     shutil.copytree(Path(config.output_dir) / "judge", tmp_path / "again" / "judge")
     rl.run(again, vpg)
-    assert len(server.asked) == asked > 0
+    again_asked = [json.loads(x["messages"][1]["content"]) for x in server.asked[asked:]]
+    assert 0 < len(again_asked) < asked
+    assert not any("a" in material["answer"] for material in again_asked)
     assert rows_of(again) == rows_of(config)
 
 

@@ -18,6 +18,7 @@ class Config(policy.Config):
     """Answers to each prompt, in adjacent rows of the rollout."""
     aggregate: losses.Aggregation = "sum"
     """How losses of tokens become one number; sum: the objective's gradient."""
+    score_range = (0.0, 1e15)  # no setting: those of ``advantages.max_likelihood``
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -34,6 +34,7 @@ class Config(policy.Config):
     """wins: rewards are shares of comparisons that are won (pairs:SPEC); scores: the probability is
     the sigmoid of the difference of two rewards, as of a reward model."""
     group_size = 2  # no setting
+    score_range = property(lambda self: (0.0, 1.0) if self.preference == "wins" else (-1e15, 1e15))
     kl_in_loss = True  # the reference is there, whatever the coefficient
 
     def __post_init__(self) -> None:

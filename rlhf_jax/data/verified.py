@@ -9,6 +9,7 @@ from rlhf_jax.data.rows import BadRow, OnBadRow, Row
 from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.graders import answers, selftest, spec, verifiable
 from rlhf_jax.graders.verifiable import Settings
+from rlhf_jax.rewards.texts import check_function
 
 
 def test_answers(rows: Sequence[Row], math: Settings) -> selftest.Tested:
@@ -64,7 +65,9 @@ def reward_lines(entry: str, file: ReadResult, math: Settings, on_bad_row: OnBad
         columns: dict[str, Sequence[Any]] = {
             name: [row.columns.get(name) for row in rows] for name in names
         }
-        fn = spec.load_function(f"--reward {entry}", Path(path), function, list(columns))
+        where = f"--reward {entry}"
+        fn = spec.load_function(where, Path(path), function)
+        check_function(where, fn, columns)
         if "answer" in columns:
             columns["messages"] = [row.conversation for row in rows]
             warnings += selftest.function(fn, _questions(rows), columns)

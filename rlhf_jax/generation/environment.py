@@ -71,7 +71,7 @@ def function_of(source: Source, setting: str) -> Reply:
     from rlhf_jax.graders import spec
 
     file, _, function = source.rpartition(":")
-    return spec.load_function(f"{setting} {source}", Path(file), function, ())
+    return spec.load_function(f"{setting} {source}", Path(file), function)
 
 
 def load_environment(

@@ -68,7 +68,7 @@ _Index = Annotated[int, Meta(ge=0, lt=1 << 31)]
 _Ids = list[_Index] | None
 _Text = str | None
 _Message = TypedDict("_Message", {"content": NotRequired[_Text]})
-_Judged = TypedDict("_Judged", {"message": _Message})
+_Judged = TypedDict("_Judged", {"message": _Message, "finish_reason": NotRequired[_Text]})
 _Model = TypedDict("_Model", {"id": str, "owned_by": NotRequired[Any]})
 _LogProbs = TypedDict(
     "_LogProbs", {"token_logprobs": list[_Number], "tokens": NotRequired[list[str] | None]}

@@ -107,6 +107,7 @@ class Guard:
     filter: Filter
     tokenizer: spec.PolicyTokenizer | None = None
     classifier: HostReward | None = None
+    reads: frozenset[str] = frozenset()  # columns, by its classifier
 
     @classmethod
     def create(cls, settings: Any) -> "Guard":
@@ -125,18 +126,18 @@ class Guard:
         """The guard with the classifier of its settings, if there is one; arguments as of
         ``spec.build_reward``.
         """
-        classifier = None
-        if self.settings.classifier is not None:
-            reward = spec.build_reward(
-                (self.settings.classifier,),
-                tokenizer=tokenizer,
-                load=load,
-                columns=columns,
-                flag="safety.classifier",
-                services=services,
-            )
-            classifier = spec.as_host(reward)
-        return dataclasses.replace(self, tokenizer=tokenizer, classifier=classifier)
+        guard = dataclasses.replace(self, tokenizer=tokenizer)
+        if self.settings.classifier is None:
+            return guard
+        reward = spec.build_reward(
+            (self.settings.classifier,),
+            tokenizer=tokenizer,
+            load=load,
+            columns=columns,
+            flag="safety.classifier",
+            services=services,
+        )
+        return dataclasses.replace(guard, classifier=spec.as_host(reward), reads=reward.reads)
 
     def prompts(self, rows: Sequence[Any], tokenizer: Decoder) -> list[Any]:
         """The rows, with ``prompt`` (text or token ids) and ``source``, after the action

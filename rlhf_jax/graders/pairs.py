@@ -2,7 +2,6 @@
 the other responses to its prompt, or at validations against the first policy's.
 """
 
-import inspect
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.graders.service import ChatJudge, Rubric, Services
+from rlhf_jax.graders.service import ChatJudge, Rubric, Services, verdict
 from rlhf_jax.rewards.host import Unscored, copied, got, number, plain
-from rlhf_jax.rewards.texts import TextScorer
+from rlhf_jax.rewards.texts import ALL, TextScorer, binding_of, bound_to
 
 ALONE = Unscored("no other response to compare with: pairs need several responses to a prompt")
 UNDECIDED = Unscored("the judge of pairs decided no comparison")
@@ -78,6 +77,7 @@ def win_shares(judge: PairJudge) -> Callable[..., list[float | Unscored]]:
         return scores
 
     shares.take_unparsed = getattr(judge, "take_unparsed", None)  # type: ignore[attr-defined]
+    shares.reads = getattr(judge, "reads", ())  # type: ignore[attr-defined]
     return shares
 
 
@@ -112,24 +112,16 @@ def by_function(where: str, fn: Callable[..., Any], columns: Collection[str]) ->
       UserError: it has another parameter; or, when it is called, it returned something else than a
         number from 0 to 1 or None for each pair.
     """
-    offered = [*_GIVEN, *columns]
-    signature = inspect.signature(fn)
-    parameters = signature.parameters.values()
-    takes_all = any(one.kind is one.VAR_KEYWORD for one in parameters)
-    names = offered if takes_all else [name for name in offered if name in signature.parameters]
-    try:
-        signature.bind(**dict.fromkeys(names))
-    except TypeError as error:
-        raise UserError(
-            f"{where}: {error}; a judge of pairs has parameters of the names {', '.join(offered)}"
-        ) from None
+    binding = binding_of(where, fn, _GIVEN, columns)
 
     def judge(pairs: Pairs, shown: Shown) -> Shares:
         of_pairs = {name: [column[pair.row] for pair in pairs] for name, column in shown.items()}
         given = copied(of_pairs)
         given["first"] = [pair.first for pair in pairs]
         given["second"] = [pair.second for pair in pairs]
-        shares = plain(fn(**{name: given[name] for name in names if name in given}))
+        more = {name: given[name] for name in given if name not in binding.values()}
+        bound = bound_to(fn, binding, {**given, ALL: more})
+        shares = plain(fn(*bound.args, **bound.kwargs))
         if not isinstance(shares, list | tuple) or len(shares) != len(pairs):
             raise UserError(
                 f"{where}: expected {len(pairs)} numbers, one for each pair, {got(shares)}"
@@ -142,6 +134,7 @@ def by_function(where: str, fn: Callable[..., Any], columns: Collection[str]) ->
                 )
         return read
 
+    judge.reads = {*binding.values()} & {*columns}  # type: ignore[attr-defined]
     return judge
 
 
@@ -174,8 +167,14 @@ Say in a few sentences which answer is better and why. Then end with a line
 Winner: A
 
 or Winner: B, or Winner: tie."""
-_WINNER = re.compile(r"winner\W{0,9}?[:=]\W{0,9}?(A|B|tie)\b", re.IGNORECASE)
-_SHARES = {"a": 1.0, "b": 0.0, "tie": 0.5}
+# A, B or a tie, and behind it nothing, a sentence or a reason, but not the other letter.
+_WINNER = re.compile(
+    r"(?:(?:the )?(?:answer|response|assistant|option) )?(?:(A|B)|(?:an? )?(?:tie|draw))\b"
+    r"(?!(?:[^\w\n]|\b(?:and|or|nor|answer)\b){0,9}(?:(?-i:[AB])|[AB](?! [A-Z])|tie)\b)"
+    r"[*_`\"'\])} ]{0,9}(?=\s*\n|\s*\Z|[.,;:!(]|[-—]\s|(?:because|between)\b)",
+    re.IGNORECASE,
+)
+_SHARES: dict[str | None, float] = {"A": 1.0, "B": 0.0, None: 0.5}
 
 
 class RubricPairs(ChatJudge):
@@ -184,8 +183,7 @@ class RubricPairs(ChatJudge):
     """
 
     def __init__(self, rubric: Rubric, services: Services):
-        super().__init__(_SYSTEM.format(criteria=rubric.criteria), services)
-        self.rubric = rubric
+        super().__init__(_SYSTEM.format(criteria=rubric.criteria), rubric, services)
 
     def __call__(
         self, pairs: Sequence[Pair], shown: Mapping[str, Sequence[Any]]
@@ -201,5 +199,5 @@ class RubricPairs(ChatJudge):
 
 
 def _winner(reply: str) -> float | None:
-    found = _WINNER.findall(reply)
-    return _SHARES[found[-1].lower()] if found else None
+    found = verdict("winner", _WINNER, reply)
+    return _SHARES[found[1] and found[1].upper()] if found else None

@@ -18,7 +18,6 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.graders import answers, literals, verifiable
 from rlhf_jax.graders.answers import Form, Gold, Value
 from rlhf_jax.graders.verifiable import Settings
-from rlhf_jax.rewards import host
 from rlhf_jax.rewards.texts import on_texts
 
 MOST_COMPARED = 200  # expressions that are compared with another row's: each takes milliseconds
@@ -191,8 +190,7 @@ def function(
 
     def scores(responses: Sequence[str]) -> list[float]:
         """NaN, which no comparison is true of, for what is no number: unscored, or at tokens."""
-        result = on_texts(fn, [prompts[row] for row in rows], list(responses), given)
-        said = result[0] if host.has_components(result) else result
+        said, _ = on_texts(fn, [prompts[row] for row in rows], list(responses), given)
         return [
             float(one) if isinstance(one, int | float | np.number) else math.nan for one in said
         ]

@@ -2,8 +2,8 @@
 rubric.
 """
 
+import contextlib
 import json
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ import msgspec
 
 from rlhf_jax.errors import ServiceError, UserError
 from rlhf_jax.graders import client
+from rlhf_jax.graders.answers import after_thoughts
 from rlhf_jax.graders.client import Requests, ask_each, check_url
 from rlhf_jax.graders.replies import Replies
 from rlhf_jax.ops import check_number
@@ -133,18 +134,32 @@ Say in a few sentences what is good and bad about the answer. Then end with a li
 Score: N
 
 where N is a number from {lowest:g} (worst) to {highest:g} (best)."""
-# At most 9 signs, such as those of Markdown, on each side: without a bound the time would grow with
-# the square of a reply's length.
-_SCORE = re.compile(r"score\W{0,9}?[:=]\W{0,9}?(-?\d+(?:\.\d+)?)", re.IGNORECASE)
+# Of Markdown and JSON. Without a bound the time would grow with the square of a reply's length.
+_MARKS = r"[\s*_`\"'\[(]{0,9}"
+_NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+# What would make it another number: 8,5 and 8-9 and 8 or 9 and 8 and a half and 80%.
+_JOINS = r"(?:(?:points?|to|or|and|out|of|in|a)\b[^\w\n]{0,9}){0,3}"
+_OTHER = rf"[^\W_]|[^\w\n]{{0,9}}(?:%|½|{_JOINS}(?:\d|half\b))"
+_SCORE = re.compile(
+    rf"([-+]?{_NUMBER})(?:[*_]{{0,3}} ?\(?(?:/|out of) ?[*_]{{0,3}}({_NUMBER}))?(?!{_OTHER})",
+    re.IGNORECASE,
+)
+
+
+def verdict(label: str, pattern: re.Pattern[str], reply: str) -> re.Match[str] | None:
+    """What matches behind the last ``LABEL:`` of a reply, Markdown aside. Thoughts say nothing."""
+    said = after_thoughts(reply).translate({0x2212: "-", 0x2013: "-"})  # minus, en dash
+    places = [*re.finditer(rf"(?<![^\W_]){label}{_MARKS}[:=]{_MARKS}", said, re.IGNORECASE)]
+    return pattern.match(said, places[-1].end()) if places else None
 
 
 class ChatJudge:
-    """A chat server that is asked to judge. A question that was asked before is not asked again:
-    its saved reply is used.
-    """
+    """A chat server that is asked to judge. A question whose verdict is kept is not asked again."""
 
-    def __init__(self, system: str, services: Services):
+    def __init__(self, system: str, rubric: Rubric, services: Services):
         self.settings = services.judge
+        self.rubric = rubric
+        self.reads = rubric.columns
         self.url = f"{services.judge.url}".rstrip("/") + "/chat/completions"
         self._system = system
         self._unparsed = 0
@@ -161,9 +176,18 @@ class ChatJudge:
           ServiceError: the server does not reply, or its reply has another form.
         """
         questions = [self._question(material) for material in materials]
-        new = dict.fromkeys(text for text in questions if text not in self._replies)
-        ask_each(self._ask, new, self.settings)
-        judged = [parse(self._replies[text]) for text in questions]
+        kept = self._replies
+        verdicts = {text: parse(kept[text]) if text in kept else None for text in questions}
+
+        def ask(question: str) -> None:
+            reply = self._reply(json.loads(question))
+            verdicts[question] = parse(reply)
+            if verdicts[question] is not None:
+                self._replies.add(question, reply)
+
+        new = [text for text, verdict in verdicts.items() if verdict is None]
+        ask_each(ask, new, self.settings)
+        judged = [verdicts[text] for text in questions]
         self._unparsed += judged.count(None)
         return judged
 
@@ -182,14 +206,18 @@ class ChatJudge:
         given = {name: value for name, value in body.items() if value is not None}
         return json.dumps(given, sort_keys=True)
 
-    def _ask(self, question: str) -> None:
-        reply = client.ask(
-            self.url, json.loads(question), self.settings, client.JUDGE_KEY, client.Judgement
-        )
-        choices = reply["choices"]
-        if not choices:
+    def _reply(self, body: dict[str, Any], is_last: bool = False) -> str:
+        """The reply to a question; "" if it is cut, also with more room."""
+        reply = client.ask(self.url, body, self.settings, client.JUDGE_KEY, client.Judgement)
+        if not reply["choices"]:
             raise ServiceError(f"{self.url}: the reply of the chat server has no choice")
-        self._replies.add(question, choices[0]["message"]["content"] or "")
+        choice = reply["choices"][0]
+        if choice.get("finish_reason") != "length":
+            return choice["message"].get("content") or ""
+        if not is_last and "max_tokens" in body:
+            with contextlib.suppress(ServiceError):  # such as that the model reads no more
+                return self._reply(body | {"max_tokens": 4 * body["max_tokens"]}, is_last=True)
+        return ""
 
     def take_unparsed(self) -> int:
         """How many replies could not be read since the last call."""
@@ -206,8 +234,7 @@ class RubricJudge(ChatJudge):
     def __init__(self, rubric: Rubric, services: Services):
         lowest, highest = rubric.scale
         system = _SYSTEM.format(criteria=rubric.criteria, lowest=lowest, highest=highest)
-        super().__init__(system, services)
-        self.rubric = rubric
+        super().__init__(system, rubric, services)
 
     def __call__(
         self, prompts: list[str], responses: list[str], messages: Any = None, **columns: Any
@@ -225,8 +252,10 @@ class RubricJudge(ChatJudge):
         return [none if score is None else score for score in self.read(materials, self._score)]
 
     def _score(self, reply: str) -> float | None:
-        """The last score in a reply; None if it has none on the scale."""
+        """The last score in a reply, such as 8 or 8/10; None if it has none on the scale."""
         lowest, highest = self.rubric.scale
-        found = _SCORE.findall(reply)
-        score = float(found[-1]) if found else math.nan
+        found = verdict("score", _SCORE, reply)
+        if found is None or (found[2] and float(found[2]) != highest):
+            return None
+        score = float(found[1])
         return score if lowest <= score <= highest else None

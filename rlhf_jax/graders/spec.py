@@ -1,37 +1,11 @@
-"""The reward of a run, from the entries of ``--reward``.
+"""The reward of a run, from the entries of ``--reward``, which docs/rewards.md lists.
 
 Each entry is ``SPEC`` or ``SPEC*WEIGHT``; several are summed. Behind it ``else NUMBER`` says what
 the score of a response is that the SPEC cannot score; without it such a response is unscored. A
-SPEC is
-
-- a reward model's folder or Hugging Face name; if its tokenizer is not the policy's, it reads the
-  texts in its own chat template,
-- ``mean:A,B,...``, ``min:A,B,...`` or ``uncertainty:A,B,...``, an ensemble of reward models
-  (`rewards.ensemble`); ``uncertainty:COEF:A,B,...`` gives the variance another weight than 1. The
-  folder of a run that trained an ensemble stands for all its members,
-- ``count:TEXT``, which counts one token of the vocabulary in prompt and response
-  (`rewards.token_count`),
-- ``length``, response tokens, or ``length:N``, those beyond N (`rewards.length`),
-- ``repetition`` or ``repetition:N``, the share of a response's n-grams that occurred before
-  (`rewards.repetition`),
-- ``diversity`` or ``diversity:N``, the share that no other response of the batch has
-  (`rewards.diversity`),
-- ``regex:PATTERN``, 1 for a response in which the regular expression is found
-  (`graders.verifiable`),
-- ``math``, 1 for a response whose answer equals that in the column ``answer`` of the prompt's data
-  row,
-- ``gym:TASK``, what the verifier of this task of reasoning-gym says of a response,
-- ``FILE.py:FUNCTION``, the user's own ``fn(prompts, responses, **columns) -> list[float | None]``
-  (`rewards.from_text`): prompts as the model reads them, the columns of the prompts' data rows by
-  name, None for a response that cannot be scored,
-- ``http://HOST/PATH`` or ``https://...``, a server that is asked for the same
-  (`service.reward_service`),
-- ``judge:RUBRIC.yaml``, a chat server that scores by a rubric (`service.RubricJudge`),
-- ``pairs:SPEC``, where the SPEC is one of a reward model, of ``FILE.py:FUNCTION`` or of
-  ``judge:RUBRIC.yaml``: the share of comparisons with the prompt's other responses that a response
-  wins (`graders.pairs`).
-
-A folder with the name of one of these is given as ``./length``.
+SPEC is a reward model's folder or Hugging Face name, an ensemble of them (`rewards.ensemble`), a
+count or an n-gram reward of `rewards`, a rule of `graders.verifiable`, the user's own function
+(`rewards.from_text`), a server (`service.reward_service`), a judge (`service.RubricJudge`) or a
+judge of pairs (`graders.pairs`). A folder with the name of one of these is given as ``./length``.
 """
 
 import contextlib
@@ -80,6 +54,7 @@ from rlhf_jax.rewards.host import (
 )
 from rlhf_jax.rewards.ngrams import diversity, repetition
 from rlhf_jax.rewards.texts import (
+    ALIASES,
     TEXTS,
     Decoder,
     TextScorer,
@@ -112,6 +87,7 @@ class Reward(NamedTuple):
     # of each part that an alert watches, {name of the part: a response of the last batch}
     examples: tuple[Mapping[str, str], ...] = ()
     weights: Mapping[str, float] = MappingProxyType({})  # of its entries, by their names
+    reads: frozenset[str] = frozenset()  # the columns that it reads by their names
 
 
 Part = tuple[Reward, float, float | None]
@@ -158,20 +134,18 @@ def given(reward: Any) -> Reward | FunctionOfTexts:
     """
     if isinstance(reward, Reward):
         return reward
-    try:
+    parameters: Mapping[str, inspect.Parameter] = {}
+    with contextlib.suppress(TypeError, ValueError):
         parameters = inspect.signature(reward).parameters
-    except (TypeError, ValueError):
-        parameters = None
-    if parameters is not None:
-        if any(name in TEXTS for name in parameters):
-            function: FunctionOfTexts = reward
-            return function
-        needed = [each for each in parameters.values() if each.default is each.empty]
-        positional = [each for each in needed if each.kind is each.POSITIONAL_OR_KEYWORD]
-        if len(positional) == len(needed) == 1:
-            return Reward(fn=reward if isinstance(reward, Partial) else Partial(reward))
-        if len(positional) == len(needed) == 2:
-            return Reward(host=reward)
+    if any(name in (*TEXTS, *ALIASES) for name in parameters):
+        function: FunctionOfTexts = reward
+        return function
+    needed = [each for each in parameters.values() if each.default is each.empty]
+    positional = [each for each in needed if each.kind is each.POSITIONAL_OR_KEYWORD]
+    if len(positional) == len(needed) == 1:
+        return Reward(fn=reward if isinstance(reward, Partial) else Partial(reward))
+    if len(positional) == len(needed) == 2:
+        return Reward(host=reward, reads=frozenset(getattr(reward, "reads", ())))
     raise UserError(
         "reward: expected a function of a rollout, which is traced, of (rollout, columns), which "
         "runs on the host, or of texts, whose parameters are among "
@@ -179,13 +153,17 @@ def given(reward: Any) -> Reward | FunctionOfTexts:
     )
 
 
-def of_texts(function: FunctionOfTexts, tokenizer: PolicyTokenizer) -> Reward:
-    """The reward of a function of texts."""
+def of_texts(
+    where: str, function: FunctionOfTexts, tokenizer: PolicyTokenizer, columns: Collection[str]
+) -> Reward:
+    """The reward of a function of texts; errors as of ``check_function``."""
+    own: Collection[str] = getattr(function, "reads", ())
     examples = getattr(function, "examples", None)
     return Reward(
         host=from_text(function, tokenizer, tokenizer.decode_raw),
         take_unparsed=getattr(function, "take_unparsed", None),
         examples=() if examples is None else (examples,),
+        reads=check_function(where, function, columns).union(own),
     )
 
 
@@ -325,6 +303,7 @@ def _sum_on_host(parts: dict[str, Part]) -> Reward:
         take_unparsed=(lambda: sum(count() for count in counts)) if counts else None,
         examples=tuple(part for reward in rewards for part in reward.examples),
         is_pairs=any(reward.is_pairs for reward in rewards),
+        reads=frozenset().union(*(reward.reads for reward in rewards)),
     )
 
 
@@ -378,16 +357,17 @@ class _Reader(NamedTuple):
             return spec, Reward(fn=make(int(rest)) if colon else make())
         if kind == "pairs" and rest:
             name, judge = self.pair_judge(rest, where)
-            return name, of_texts(pairs.win_shares(judge), self.tokenizer)._replace(is_pairs=True)
+            fn = pairs.win_shares(judge)
+            reward = of_texts(where, fn, self.tokenizer, self.columns)
+            return name, reward._replace(is_pairs=True)
         if kind == "regex" and rest:
             check_pattern(f"{where}: {rest!r}", rest)
             fn = verifiable.regex(rest)
         elif spec == "math" or (kind == "gym" and rest):
             fn = self._verifier(rest, where)
-            check_function(where, fn, self.columns)
         elif file.endswith(".py"):
             name = function
-            fn = load_function(where, Path(file), function, self.columns)
+            fn = load_function(where, Path(file), function)
         elif is_url(spec):
             check_url(where, spec)
             name = rest.removeprefix("//").partition("?")[0]
@@ -397,7 +377,7 @@ class _Reader(NamedTuple):
             fn = service.RubricJudge(self._rubric(Path(rest), where), self.services)
         else:
             return self._read_models(spec, where)
-        return name, of_texts(fn, self.tokenizer)
+        return name, of_texts(where, fn, self.tokenizer, self.columns)
 
     def _verifier(self, task: str, where: str) -> FunctionOfTexts:
         """``math``, or ``gym:TASK``."""
@@ -417,7 +397,7 @@ class _Reader(NamedTuple):
             rubric = self._rubric(Path(rest), where)
             return Path(rest).stem, pairs.RubricPairs(rubric, self.services)
         if file.endswith(".py"):
-            loaded = _loaded(where, Path(file), function)
+            loaded = load_function(where, Path(file), function)
             return function, pairs.by_function(where, loaded, self.columns)
         model = self.load(spec)
         if model.score_texts is None:
@@ -523,21 +503,8 @@ def _run_name(model: str) -> str:
     return path.parent.name if path.name == "model" and path.parent.name else path.name
 
 
-def load_function(
-    where: str, file: Path, name: str, columns: Collection[str]
-) -> Callable[..., Any]:
-    """The user's function.
-
-    Raises:
-      UserError: it begins with ``where``; there is no such file or function, or it asks for other
-        columns.
-    """
-    fn = _loaded(where, file, name)
-    check_function(f"{where}: {name}", fn, columns)
-    return fn
-
-
-def _loaded(where: str, file: Path, name: str) -> Callable[..., Any]:
+def load_function(where: str, file: Path, name: str) -> Callable[..., Any]:
+    """The function of a user's file. UserError, beginning with ``where``, if there is none."""
     if file.suffix != ".py" or not file.is_file():
         raise UserError(f"{where}: no such file {file}; expected FILE.py:FUNCTION")
     try:

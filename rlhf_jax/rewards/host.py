@@ -272,6 +272,8 @@ def number(entry: Any, where: str) -> float | None:
         value = float(entry)
     except OverflowError:  # an int that is no float
         value = math.inf if entry > 0 else -math.inf
+    except ValueError:  # a signalling NaN
+        value = math.nan
     return math.copysign(math.inf, value) if abs(value) > _LARGEST else value
 
 

@@ -7,15 +7,16 @@ import bisect
 import functools
 import inspect
 import traceback
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, Protocol
+from numbers import Number
+from typing import Any, Protocol
 
 import numpy as np
 
 from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.rewards import host
-from rlhf_jax.rewards.host import MISSING, Columns, Components, HostReward, HostScores, Score
+from rlhf_jax.rewards.host import MISSING, Columns, HostReward, HostScores, Score
 from rlhf_jax.types import Rollout
 
 TextScorer = Callable[[Sequence[Any], Sequence[str]], np.ndarray]
@@ -30,8 +31,20 @@ TEXTS = (
     "opponents",
     "group_ids",
     "group_sizes",
+    "queries",
 )
 """Parameters that a function of texts may have, beside the columns of the prompts' rows."""
+
+ALIASES = dict.fromkeys(["solution_str", "solution_strs"], "responses")  # verl
+ALIASES |= dict.fromkeys(["response", "completion", "output", "outputs", "text"], "responses")
+ALIASES |= dict.fromkeys(["texts", "generation", "generations", "prediction"], "responses")
+ALIASES |= {"predictions": "responses", "prompt": "prompts", "labels": "label"}
+ALIASES |= {f"{name}s": name for name in ("data_source", "ground_truth", "extra_info")}
+"""{other name of a parameter: the text or column that it gets}. A column of that name comes first,
+and a parameter with a default is filled by its own name alone."""
+
+ALL = "all columns"  # what a ** parameter gets
+_ANSWERS = {"responses", "completions", "completion_ids", "queries", "first", "second"}
 
 IS_CHAT = "is chat"
 """Key of columns that no parameter can have: whether the data gives each prompt as messages."""
@@ -66,16 +79,19 @@ def from_text(fn: Function, tokenizer: Decoder, spell: Spell | None = None) -> H
       this group; ``group_sizes``: how many rows the group has, missing ones too,
     - the columns of the prompts' data rows; a ``**`` parameter gets all.
 
-    A function that names ``completions`` is one of TRL: they are the responses, and where the data
-    has messages, prompts and completions are lists of messages. If the names are others, the first
-    two parameters are prompts and responses.
+    Without a default it may have another name of ``ALIASES``. TRL's functions are told by
+    ``completions``: they are the responses, and where the data has messages, prompts and
+    completions are lists of messages; verl's by ``solution_str``: they are called for each row by
+    itself; ``queries`` of OpenRLHF are texts of prompt and response.
 
     Args:
       fn: may be ``async``. It returns a list, tuple, array or tensor with an entry for each row: a
         number; None or ``Unscored(reason)`` for a row that cannot be scored; one number for each
-        token of the response; or pairs (position of a character in the response, number), each of
-        which stands at the token that completes the character. Or it returns a pair of these and
-        {name of a component: numbers}.
+        token of the response; pairs (position of a character in the response, number), each of
+        which stands at the token that completes the character; or a dict with the number
+        ``score``, whose other numbers are components. Or it returns a pair of these and {name of a
+        component: numbers}, or a dict with ``rewards`` and the components ``scores`` and
+        ``extra_logs``.
       spell: of prompts; None: without pads and EOS.
 
     Returns:
@@ -91,10 +107,7 @@ def from_text(fn: Function, tokenizer: Decoder, spell: Spell | None = None) -> H
             return [MISSING] * len(rollout.tokens), {}
         shown = _shown(rollout, columns, rows, tokenizer, spell or tokenizer.decode)
         labels = _labels(rows, shown)  # first: the function may change what it gets
-        args, named = _binding(name, fn, shown.keys()).of(shown)
-        result = _result(name, fn, args, named)
-        if not host.has_components(result):
-            result = (result, {})
+        result = _called(name, fn, shown)
         place = functools.partial(_place, rollout, rows, labels, tokenizer, name)
         present = [True] * len(rows)
         try:
@@ -102,16 +115,13 @@ def from_text(fn: Function, tokenizer: Decoder, spell: Spell | None = None) -> H
         except (UserError, FloatingPointError) as error:
             raise type(error)(f"{error}{line}") from None
 
-        def in_all_rows(values: list[Score]) -> list[Score]:
-            whole: list[Score] = [MISSING] * len(rollout.tokens)
-            for row, value in zip(rows, values, strict=True):
-                whole[row] = value
-            return whole
+        numbers = {row: number for number, row in enumerate(rows)}
 
-        whole: Components = {}
-        for component, values in components.items():
-            whole[component] = in_all_rows(values)
-        return in_all_rows(scores), whole
+        def in_all_rows(values: list[Score]) -> list[Score]:
+            places = map(numbers.get, range(len(rollout.tokens)))
+            return [MISSING if place is None else values[place] for place in places]
+
+        return in_all_rows(scores), {name: in_all_rows(x) for name, x in components.items()}
 
     return score
 
@@ -141,6 +151,7 @@ def teacher_prompts(encode: Callable[[Any], Sequence[int]], column: str) -> Host
             tokens[row, slots - len(ids) : slots] = ids
         return np.zeros(len(tokens)), {"teacher_tokens": tokens, "teacher_mask": mask}
 
+    score.reads = (column,)  # type: ignore[attr-defined]
     return score
 
 
@@ -156,20 +167,23 @@ def _labels(rows: Sequence[int], shown: Texts) -> list[str]:
     return labels
 
 
-def check_function(where: str, fn: Function, columns: Collection[str]) -> None:
-    """Raises UserError, beginning with ``where``, if the function has a parameter that nothing
-    fills, or one that both a text of the run and a column could.
+def check_function(where: str, fn: Function, columns: Collection[str]) -> frozenset[str]:
+    """The columns that the function reads by their names. UserError as of ``binding_of``, or if
+    both a text of the run and a column could fill a parameter.
     """
-    binding = _binding(where, fn, [*TEXTS, *columns])
-    for name in {*binding.named} & {*TEXTS} & {*columns} - {"messages"}:
+    binding = binding_of(where, fn, TEXTS, columns)
+    for name in {*binding} & {*TEXTS} & {*columns} - {"messages"}:
         raise UserError(
             f"{where}: {name} is a column of the prompts and what the run gives the function by "
             f"that name; rename the column in the data{_line_of(fn)}"
         )
+    return frozenset(binding.values()) & frozenset(columns)
 
 
-def on_texts(fn: Function, prompts: list[str], responses: list[str], columns: Columns) -> Any:
-    """What a function of texts returns for texts that have no token ids, such as those of a file.
+def on_texts(
+    fn: Function, prompts: list[str], responses: list[str], columns: Columns
+) -> HostScores:
+    """What a function of texts says of texts that have no token ids, such as those of a file.
 
     Args:
       columns: as those of ``from_text``, ``messages`` too if there are any.
@@ -182,8 +196,7 @@ def on_texts(fn: Function, prompts: list[str], responses: list[str], columns: Co
     shown |= {"prompts": prompts, "responses": responses, "completions": responses}
     shown["completion_ids"] = [[] for _ in responses]
     name = f"the reward function {getattr(fn, '__name__', type(fn).__name__)}"
-    args, named = _binding(name, fn, shown.keys()).of(shown)
-    return _result(name, fn, args, named)
+    return _called(name, fn, shown)
 
 
 def _shown(
@@ -193,11 +206,8 @@ def _shown(
     in_response = rollout.mask
     is_before = np.cumsum(in_response, axis=1) == 0
     in_prompt = is_before & (rollout.attention_mask != 0)
-    shown: Texts = {}
-    for key, column in columns.items():
-        shown[key] = [column[row] for row in rows]
-    for name in ("messages", "opponents"):
-        shown.setdefault(name, [None] * len(rows))
+    shown: Texts = {name: [None] * len(rows) for name in ("messages", "opponents")}
+    shown |= {key: [column[row] for row in rows] for key, column in columns.items()}
     ids = np.arange(len(rollout.tokens)) if rollout.group_ids is None else rollout.group_ids
     shown["group_ids"] = ids[rows].tolist()
     shown["group_sizes"] = np.sum(ids[rows, None] == ids, axis=1).tolist()
@@ -208,75 +218,102 @@ def _shown(
     return shown
 
 
-class _Binding(NamedTuple):
-    """Which texts and columns a function gets."""
+def _called(name: str, fn: Function, shown: Texts) -> HostScores:
+    """Scores and components that the function returns, in the form of any library."""
+    values = {key: value for key, value in shown.items() if key not in (IS_CHAT, SOURCE)}
+    binding = binding_of(name, fn, TEXTS, values)
+    keys = {*binding.values()}
+    is_trl = "completions" in keys or keys.isdisjoint(_ANSWERS.intersection(TEXTS))
+    texts = zip(shown["prompts"], shown["responses"], strict=True)
+    values["queries"] = [prompt + response for prompt, response in texts]
+    if is_trl and any(shown.get(IS_CHAT, [])):
+        values["prompts"] = shown["messages"]
+        values["completions"] = [
+            [{"role": "assistant", "content": text}] for text in shown["responses"]
+        ]
+    others = {*values} - {*TEXTS} | {"messages"}
+    if is_trl:
+        others |= {"prompts", "completions", "completion_ids"}
 
-    positional: tuple[str, ...]
-    named: tuple[str, ...]
-    takes_all: bool  # whether it has a ** parameter
-    is_trl: bool
+    def result(values: Mapping[str, Any]) -> Any:
+        more = {key: values[key] for key in values if key in others - keys}
+        bound = bound_to(fn, binding, {**values, ALL: more})
+        return _result(name, fn, bound.args, bound.kwargs)
 
-    def of(self, shown: Texts) -> tuple[list[Any], Texts]:
-        """The arguments of a call."""
-        shown = dict(shown)
-        is_chat = shown.pop(IS_CHAT, [])
-        shown.pop(SOURCE, None)
-        if self.is_trl and any(is_chat):
-            shown["prompts"] = shown["messages"]
-            shown["completions"] = [
-                [{"role": "assistant", "content": text}] for text in shown["responses"]
-            ]
-        named = {name: shown[name] for name in self.named}
-        if self.takes_all:
-            more = ("prompts", "completions", "completion_ids") if self.is_trl else ()
-            given = {*TEXTS} - {"messages", *more} | {*self.positional} | {*named}
-            for name, value in shown.items():
-                if name not in given:
-                    named[name] = value
-        return [shown[name] for name in self.positional], named
+    if binding.get("solution_str") != "responses":
+        return _scores(result(values))
+    rows = zip(*values.values(), strict=True)  # verl
+    return _scores([result(dict(zip(values, row, strict=True))) for row in rows])
 
 
-def _binding(where: str, fn: Function, offered: Collection[str]) -> _Binding:
-    """How a function is called, by its parameters.
-
-    Raises:
-      UserError: it has a parameter without a default that is neither a text nor a column.
-    """
-    two = ("prompts", "responses")
+def _signature(fn: Function) -> inspect.Signature:
     try:
-        signature = inspect.signature(fn)
+        return inspect.signature(fn)
     except (TypeError, ValueError):  # of a function in C
-        return _Binding(two, (), takes_all=False, is_trl=False)
-    takes_all = False
-    by_name = []
-    for parameter in signature.parameters.values():
-        takes_all |= parameter.kind is parameter.VAR_KEYWORD
-        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-            by_name.append(parameter.name)
-    fault: TypeError | None = None
-    for positional in ((), two):
-        if positional and any(name in TEXTS for name in by_name[:2]):
-            continue
-        rest = by_name if not positional else by_name[2:]
-        named = tuple(name for name in rest if name in offered and name not in positional)
-        is_trl = "completions" in named or not (positional or by_name)
-        if not positional and by_name and not any(name in TEXTS for name in named):
-            continue  # their names say nothing: the first two are the texts
-        try:
-            signature.bind(*positional, **dict.fromkeys(named))
-        except TypeError as error:
-            fault = fault or error
-            continue
-        return _Binding(positional, named, takes_all, is_trl)
-    others = [name for name in offered if name not in (*TEXTS, IS_CHAT, SOURCE)]
-    columns = ", ".join(others)
-    raise UserError(
-        f"{where}: {fault}; the prompts' columns are {columns or 'none'}, and other parameters are "
-        f"{', '.join(TEXTS)}{_line_of(fn)}"
-    )
+        return inspect.signature(lambda prompts, responses, /: None)
 
 
-def _result(name: str, fn: Function, args: list[Any], named: Texts) -> Any:
+def binding_of(
+    where: str, fn: Function, texts: Collection[str], columns: Collection[str]
+) -> dict[str, str]:
+    """{parameter: the text, column or ``ALL`` that it gets}. UserError, beginning with ``where``:
+    nothing fills a parameter, or none of them gets responses.
+    """
+    binding = {}
+    faults = []
+    for name, parameter in _signature(fn).parameters.items():
+        is_needed = parameter.default is parameter.empty
+        key = name if name in columns or not is_needed else ALIASES.get(name, name)
+        if parameter.kind is parameter.VAR_KEYWORD:
+            binding[name] = ALL
+        elif parameter.kind is not parameter.VAR_POSITIONAL and key in (*texts, *columns):
+            binding[name] = key
+        elif is_needed:
+            faults.append(f"nothing fills the parameter {name}")
+    if {*binding.values()}.isdisjoint({ALL, *_ANSWERS.intersection(texts)}):
+        faults.append("no parameter gets the responses")
+    if faults:
+        own = [name for name in columns if name not in (*texts, IS_CHAT, SOURCE)]
+        names = [*texts, *(name for name in ALIASES if ALIASES[name] in texts)]
+        raise UserError(
+            f"{where}: {faults[0]}; the prompts' columns are {', '.join(own) or 'none'}, and other "
+            f"parameters are {', '.join(names)}{_line_of(fn)}"
+        )
+    return binding
+
+
+def bound_to(
+    fn: Function, binding: Mapping[str, str], values: Mapping[str, Any]
+) -> inspect.BoundArguments:
+    """The arguments of a call: {text, column or ``ALL``: value}, by their parameters."""
+    bound = _signature(fn).bind_partial()
+    bound.arguments.update({name: values[key] for name, key in binding.items()})
+    bound.apply_defaults()
+    return bound
+
+
+def _scores(result: Any) -> HostScores:
+    """The result of a function as scores and components."""
+    if host.has_components(result):
+        scores: HostScores = result
+        return scores
+    if isinstance(result, Mapping) and "rewards" in result:  # OpenRLHF
+        parts = {"scores": result["scores"]} if "scores" in result else {}
+        return result["rewards"], parts | dict(result.get("extra_logs") or {})
+    is_list = isinstance(result, list | tuple)
+    if not is_list or not any(isinstance(row, Mapping) and "score" in row for row in result):
+        return result, {}
+    rows = [row if isinstance(row, Mapping) else {"score": row} for row in result]  # verl
+    found = {name: [host.plain(row.get(name)) for row in rows] for row in rows for name in row}
+    scored = found.pop("score")
+    return scored, {
+        name: values
+        for name, values in found.items()
+        if all(value is None or isinstance(value, Number) for value in values)
+    }
+
+
+def _result(name: str, fn: Function, args: tuple[Any, ...], named: Texts) -> Any:
     """What the function returns, awaited if it is ``async``.
 
     Raises:

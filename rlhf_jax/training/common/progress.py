@@ -121,6 +121,7 @@ class Progress(AbstractContextManager["Progress"]):
         self._has_begun = False
         self._pending: Metrics | None = None  # of the last step, on the devices still
         self._sources: Callable[[], Iterable[str]] = list  # data rows of that step
+        self._cause: Callable[[], str] = str
         self._examples: Mapping[str, str] = {}  # what an alert shows of that step
         self._rules_checked = False
 
@@ -238,6 +239,7 @@ class Progress(AbstractContextManager["Progress"]):
         metrics: Metrics,
         *,
         sources: Callable[[], Iterable[str]] = list,
+        cause: Callable[[], str] = str,
         examples: Mapping[str, str] = {},
     ) -> None:
         """The state after a step and its metrics, among them ``nonfinite``. The row of the step
@@ -246,6 +248,7 @@ class Progress(AbstractContextManager["Progress"]):
         Args:
             sources: the data rows of the step, as "FILE, line N", for the message if its update is
                 not finite.
+            cause: why it is not, if that is known, for the same message.
             examples: {last part of a metric's name: what an alert on it shows of this step}.
 
         Raises:
@@ -256,6 +259,7 @@ class Progress(AbstractContextManager["Progress"]):
         self._finish_step()
         self._examples = examples
         self._sources = sources
+        self._cause = cause
         self.done += 1
         self._pending = {**metrics, **learning_rates(state)}
 
@@ -390,12 +394,15 @@ class Progress(AbstractContextManager["Progress"]):
             sources = sorted(set(self._sources()))
             rows = places(sources, most=len(sources))
             look = f", or look at the rows of this batch: {rows}" if rows else ""
+            advice = (
+                "Lower the learning rate or clip harder (optimizer.max_grad_norm; with --resume, "
+                f"name what changes under --allow-changed){look}"
+            )
             raise TrainingFault(
                 f"{self.run.name}: loss or gradient was not finite at step {self.done}; the "
                 f"update was not applied. The last good checkpoint is step "
-                f"{self.checkpoints.latest()} in {self.run.folder.checkpoints}. Lower the learning "
-                "rate or clip harder (optimizer.max_grad_norm; with --resume, name what changes "
-                f"under --allow-changed){look}"
+                f"{self.checkpoints.latest()} in {self.run.folder.checkpoints}. "
+                f"{self._cause() or advice}"
             )
         if not self._rules_checked:
             self._rules_checked = True

@@ -16,14 +16,12 @@ from rlhf_jax.data.encoding import EncodedPrompts
 from rlhf_jax.data.forms import PAIR
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.rows import texts as texts_of
-from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.generation.environment import Environment, Reply, load_environment
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.graders import spec, verifiable
 from rlhf_jax.graders.service import Services
 from rlhf_jax.rewards.host import Columns, HostScores
-from rlhf_jax.rewards.texts import check_function
 from rlhf_jax.training.common import initial, reward_models
 from rlhf_jax.training.common.opening import OpenRun
 from rlhf_jax.training.rl.method import Given, Method
@@ -134,7 +132,8 @@ def load(
         reply: the environment's function.
 
     Raises:
-        UserError: a folder, a prompt, a reward or a rule is wrong.
+        UserError: a folder, a prompt, a reward or a rule is wrong; rows to validate on lack a
+            column that a reward reads.
     """
     settings = method.settings
     source = sources.model
@@ -188,8 +187,10 @@ def load(
     environment = load_environment(reply, tokenizer, settings.max_new_tokens, settings.max_turns)
     if not method.is_rewarded:
         reward = spec.Reward(fn=teacher.log_ratio(taught_by, settings, method.score_rows))
+    elif isinstance(given.reward, spec.Reward):
+        reward = given.reward
     elif given.reward is not None:
-        reward = _given_reward(given.reward, tokenizer, prompts.columns)
+        reward = spec.of_texts("reward", given.reward, tokenizer, prompts.columns)
     else:
         reward = build(sources.reward, columns=prompts.columns, mathematics=sources.math)
     for name in method.algorithm_config.unrewarded:
@@ -202,27 +203,25 @@ def load(
     if guard is not None:
         reward = reward._replace(fn=None, host=spec.as_host(reward))
         services: Any = build.keywords
-        enforce = guard.for_responses(columns=prompts.columns, **services).enforce
+        guard = guard.for_responses(columns=prompts.columns, **services)
+        enforce = guard.enforce
     if reward.fn is not None and method.is_rewarded:
         on_devices = jax.tree.map(jnp.asarray, reward.fn)
         is_offloaded = "reward" in compute.offload
         fn = initial.frozen(layout, on_devices, is_offloaded=is_offloaded)
         reward = spec.Reward(fn=fn)
+    read = reward.reads.union(*(scorer.reads for scorer in (judge, guard) if scorer is not None))
+    # Prompts are often validated without answers.
+    present = {"response", *PAIR}.union(*(row.columns for row in to_validate.rows))
+    needed = [name for name in prompts.columns if name in read - present]
+    if needed:
+        raise UserError(
+            f"rl.validation_data: its rows have no {', '.join(needed)}, which training has and a "
+            "reward reads"
+        )
     return Inputs(
         policy, prompts, to_validate, reward, judge, enforce, environment, taught_by, ask_teacher
     )
-
-
-def _given_reward(reward: Any, tokenizer: Tokenizer, columns: Sequence[str]) -> spec.Reward:
-    """The reward from Python.
-
-    Raises:
-        UserError: a function of texts asks for another column.
-    """
-    if isinstance(reward, spec.Reward):
-        return reward
-    check_function("reward", reward, columns)
-    return spec.of_texts(reward, tokenizer)
 
 
 def _encoded(
@@ -235,20 +234,12 @@ def _encoded(
     """The prompts to train on and those to validate on, after the filter, as token ids.
 
     Raises:
-        UserError: no prompt is left, or the rows to validate on lack a column.
+        UserError: no prompt is left.
     """
     encoded = []
     for part, note in zip(data, ("", " (for validation)"), strict=False):
         safe = part if guard is None else guard.prompts(part, policy.tokenizer)
         encoded.append(initial.prompts_for(text, settings, policy, safe, note))
-    prompts = encoded[0]
-    to_validate = encoded[-1]
-    missing = [column for column in prompts.columns if column not in to_validate.columns]
-    # Prompts are often validated without answers.
-    needed = [column for column in missing if column not in ("response", *PAIR)]
-    if needed:
-        raise UserError(
-            f"rl.validation_data: its rows have no {', '.join(needed)}, which training has and a "
-            "reward may read"
-        )
-    return prompts, replace(to_validate, columns=[*to_validate.columns, *missing])
+    prompts, to_validate = encoded[0], encoded[-1]
+    names = dict.fromkeys([*to_validate.columns, *prompts.columns])
+    return prompts, replace(to_validate, columns=list(names))

@@ -32,7 +32,7 @@ from rlhf_jax.training.rl.method import check_optimizer_steps, optimizer_steps
 from rlhf_jax.training.rl.programs import Sizes, first_state, policy_of
 from rlhf_jax.training.rl.sample import sample
 from rlhf_jax.training.rl.schedule import Batch
-from rlhf_jax.training.rl.score import score
+from rlhf_jax.training.rl.score import score, unfit_scores
 from rlhf_jax.training.rl.validation import training_samples, validate
 from rlhf_jax.types import Algorithm, AlgorithmConfig, Metrics, Rollout
 
@@ -145,6 +145,7 @@ def run(
                     state,
                     metrics | learned,
                     sources=partial(job.schedule.sources, rows),
+                    cause=unfit_scores(job, rollout),
                     examples=dict(collections.ChainMap(*map(dict, job.inputs.reward.examples))),
                 )
                 is_due = step % settings.validation_interval == 0
