@@ -345,6 +345,105 @@ def test_strange_folders_are_refused(some_layers, tmp_path):
         lora.load(tmp_path, params)
 
 
+# The fields of PEFT's LoraConfig (0.21), with a value that is not its default, and keys of no PEFT.
+ADAPTER_KEYS = {
+    "alora_invocation_tokens": [3, 100],
+    "alpha_pattern": {"q_proj": 4},
+    "arrow_config": {"top_k": 3},
+    "bias": "lora_only",
+    "kasa_config": {"beta": 1e-4, "gamma": 1e-3},
+    "layer_replication": [[0, 2], [1, 2]],
+    "lora_bias": True,
+    "megatron_config": {"tensor_model_parallel_size": 2},
+    "monteclora_config": {"num_samples": 8},
+    "target_parameters": ["experts.gate_up_proj"],
+    "trainable_token_indices": [1, 2],
+    "use_bdlora": {"nblocks": 2},
+    "use_dora": True,
+    "use_qalora": True,
+    "velora_config": {"num_groups": 64},
+    "runtime_config": {"ephemeral_gpu_offload": True},
+    "gate": "sigmoid",
+    "lora_alpha_b": 3,
+    "use_dora ": True,
+    "Bias": "all",
+    "nothing": [0],
+}
+# tests/test_lora_parity.py has them against PEFT.
+HARMLESS_KEYS = {
+    "auto_mapping": {"base_model_class": "LlamaForCausalLM", "unsloth_fixed": True},
+    "base_model_name_or_path": "some/base",
+    "corda_config": {"corda_method": "ipm"},
+    "ensure_weight_tying": True,
+    "eva_config": {"rho": 2.0},
+    "exclude_modules": ["v_proj"],
+    "fan_in_fan_out": True,
+    "inference_mode": True,
+    "init_lora_weights": "gaussian",
+    "layers_pattern": "layers",
+    "layers_to_transform": [0, 1],
+    "loftq_config": {"loftq_bits": 4},
+    "lora_dropout": 0.5,
+    "lora_ga_config": {"direction": "ArBr"},
+    "megatron_core": "other.core",
+    "modules_to_save": ["norm"],
+    "peft_version": "9.0",
+    "qalora_group_size": 8,
+    "rank_pattern": {"q_proj": 2},
+    "revision": "main",
+    "target_modules": "all-linear",
+    "task_type": "CAUSAL_LM",
+}
+READ_KEYS = ("peft_type", "r", "lora_alpha", "use_rslora")
+EMPTY = [{}, [], "", "none", None, False, 0]
+
+
+@pytest.fixture(scope="module")
+def one_adapter(tmp_path_factory):
+    """(parameters, an adapter's folder, the content of its adapter_config.json)."""
+    params = some_params(LLAMA)
+    folder = tmp_path_factory.mktemp("adapter")
+    lora.save(folder, params, grown(lora.init(KEY, params, 2, "h_0/attn/q_proj")))
+    return params, folder, json.loads((folder / "adapter_config.json").read_text("utf-8"))
+
+
+@pytest.mark.parametrize("key", ADAPTER_KEYS)
+def test_a_key_that_makes_another_kind_of_adapter_is_refused(key, one_adapter):
+    params, folder, config = one_adapter
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(config | {key: ADAPTER_KEYS[key]}), "utf-8")
+    with pytest.raises(UserError, match=rf"adapter_config\.json: {key} is .*plain LoRA") as caught:
+        lora.load(folder, params)
+    assert "\n" not in str(caught.value)
+    for value in EMPTY:
+        file.write_text(json.dumps(config | {key: value}), "utf-8")
+        assert lora.load(folder, params)
+
+
+@pytest.mark.parametrize("key", HARMLESS_KEYS)
+def test_a_key_that_leaves_an_adapter_as_it_is_changes_nothing(key, one_adapter):
+    params, folder, config = one_adapter
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(config), "utf-8")
+    expected = lora.load(folder, params)
+    file.write_text(json.dumps(config | {key: HARMLESS_KEYS[key]}), "utf-8")
+    jax.tree.map(assert_array_equal, lora.load(folder, params), expected)
+
+
+def test_alpha_is_divided_by_the_rank_of_the_tensors_that_rank_pattern_gives(one_adapter):
+    params, folder, config = one_adapter
+    file = folder / "adapter_config.json"
+    given = {"r": 8, "lora_alpha": 3, "rank_pattern": {"q_proj": 2}}
+    for of_rank, scale in ((False, 3 / 2), (True, 3 / 2**0.5)):
+        file.write_text(json.dumps(config | given | {"use_rslora": of_rank}), "utf-8")
+        scales = lora.load(folder, params)["h_0"]["attn"]["q_proj"]["lora_scale"]
+        assert_allclose(scales, scale, rtol=1e-6)
+    for rank in (8, "2", None):
+        file.write_text(json.dumps(config | {"r": rank}), "utf-8")
+        with pytest.raises(UserError, match=r"q_proj\.lora_A\.weight is of rank 2, .* r .* is"):
+            lora.load(folder, params)
+
+
 def test_whole_modules_of_a_folder_replace_those_of_the_base(tmp_path):
     """Embeddings, the output layer and norms, as PEFT saves its modules_to_save."""
     model = models.build(LLAMA)
