@@ -858,7 +858,7 @@ def test_the_runs_own_reward_model_judges_by_default(
     folders, monkeypatch, given, rewards, expected
 ):
     monkeypatch.chdir(folders)
-    monkeypatch.setattr(evaluate, "settings_of", lambda folder: {"reward": rewards})
+    monkeypatch.setattr(evaluate, "recorded", lambda folder: {"reward": rewards})
     policy = bench.Policy("run", None, {}, None, "auto", 8, is_judge=False)
     asked = evaluate.Config(prompts=("p",), reward_model=given)
     assert evaluate._with_judge(policy, asked).reward_model == expected
@@ -885,7 +885,7 @@ def test_a_reward_of_somebody_elses_run_is_no_code_and_needs_trust_elsewhere(fol
         (["../rm"], False, None),  # there is none
         (["pairs:judge:rm"], True, None),
     ]:
-        monkeypatch.setattr(evaluate, "settings_of", lambda folder, given=reward: {"reward": given})
+        monkeypatch.setattr(evaluate, "recorded", lambda folder, given=reward: {"reward": given})
         config = dataclasses.replace(asked, trust_config=trusts)
         if expected is UserError:
             with pytest.raises(UserError, match=r"run/config\.yaml: reward .*\n.*--trust-config"):

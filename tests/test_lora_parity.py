@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from adapter_keys import ADAPTER_KEYS, HARMLESS_KEYS, READ_KEYS
 from flax.traverse_util import flatten_dict
 from numpy.testing import assert_allclose
 from torch_models import left_padded, torch_forward, torch_model
@@ -159,7 +160,6 @@ def test_every_field_of_peft_s_config_is_known_to_the_tests():
     import dataclasses
 
     import peft
-    from test_lora import ADAPTER_KEYS, HARMLESS_KEYS, READ_KEYS
 
     fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
     assert fields <= {*ADAPTER_KEYS, *HARMLESS_KEYS, *READ_KEYS}

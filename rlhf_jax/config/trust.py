@@ -1,13 +1,18 @@
-"""Configs that come with the package, and what the configs of others may not name."""
+"""Configs that come with the package, and the configs of others: what they may not name, and what
+other commands read of them.
+"""
 
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+import msgspec
+
+from rlhf_jax.config.settings import Compute, RLStage, Text
 from rlhf_jax.config.yaml_files import Values
 from rlhf_jax.errors import UserError
-from rlhf_jax.runs import keeping
+from rlhf_jax.runs import keeping, reading
 
 # Settings that are texts, and name nothing outside the program.
 _TEXTS = {"columns", "alerts", "keep_best", "template", "stop", "patterns", "replacement", "match"}
@@ -56,6 +61,44 @@ def check_trusted(given: Values, run: Path | None = None) -> None:
             "type as flags needs no trust; if the file is yours, or you have read it, give "
             "--trust-config"
         )
+
+
+class _Recorded(TypedDict, total=False):
+    compute: Compute
+    text: Text
+    rl: RLStage
+
+
+_SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop")
+_READ = {
+    "compute": ("dtype",),
+    "text": ("template", "special_tokens"),
+    "rl": (*_SAMPLING, "environment", "max_turns"),
+}
+
+
+def recorded(folder: str) -> dict[str, Any]:
+    """{dotted key: value} of what other commands read of the config.yaml of a run, given the run or
+    its ``model/``; empty for other models.
+
+    Raises:
+        UserError: names the file and the key that the settings of a run could not have.
+    """
+    file = reading.settings_file(folder)
+    if not file.is_file():
+        return {}
+    settings = reading.read_yaml(file, reading.Settings)
+    given = {
+        section: {key: settings[section][key] for key in keys if key in settings.get(section, ())}
+        for section, keys in _READ.items()
+    }
+    wrong = reading.misfit(given, _Recorded)
+    if wrong:
+        raise UserError(f"{file}: {wrong}")
+    found: Any = msgspec.convert(given, _Recorded)
+    keys = [(section, key) for section, values in given.items() for key in values]
+    values = {f"{section}.{key}": getattr(found[section], key) for section, key in keys}
+    return {**values, "reward": settings.get("reward", [])}
 
 
 def _harm(key: str, value: Any, config: Path, run: Path | None) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 
 from rlhf_jax import models, ops, rewards
-from rlhf_jax.config import Compute, RLStage
+from rlhf_jax.config import Compute, RLStage, recorded
 from rlhf_jax.data import batches, chat, encoding, rows
 from rlhf_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rlhf_jax.errors import TrainingFault, UserError, logger
@@ -26,8 +26,6 @@ from rlhf_jax.generation.environment import Environment, function_of, load_envir
 from rlhf_jax.graders import spec
 from rlhf_jax.graders.service import Judge, Services
 from rlhf_jax.models import hf
-from rlhf_jax.runs.manifest import dotted
-from rlhf_jax.runs.reading import settings_of
 from rlhf_jax.training.common import initial, reward_models
 from rlhf_jax.training.common.opening import stream_key
 from rlhf_jax.training.supervised import scoring
@@ -64,7 +62,7 @@ class Bench(NamedTuple):
 
 def load(folder: str, config: Config) -> Policy:
     """The policy in a run's or model's folder, or of a Hugging Face name."""
-    trained = dotted(settings_of(folder))
+    trained = recorded(folder)
     source = hf.model_folder(folder)
     member = str(next(iter(spec.members(source)), source))
     compute = Compute(dtype=trained.get("compute.dtype", "float32"))
@@ -100,7 +98,7 @@ def open_bench(policy: Policy, config: Config, columns: Collection[str] = ()) ->
                 f"{judge}: reads {positions} tokens, fewer than the policy; prompt and response "
                 "have to fit"
             )
-    trained = dotted(settings_of(policy.folder))
+    trained = recorded(policy.folder)
     turns = config.max_turns
     if config.environment and turns is None:
         turns = trained.get("rl.max_turns")
@@ -131,7 +129,7 @@ def judge_positions(entry: str) -> int:
 
 def check_template(policy: Policy, folder: str, config: Config) -> None:
     """Refuses a run in ``folder`` that had another template, unless ``config`` chooses one."""
-    given = dotted(settings_of(folder)).get("text.template")
+    given = recorded(folder).get("text.template")
     if given is None or config.template is not None:
         return
     model = hf.model_folder(folder)

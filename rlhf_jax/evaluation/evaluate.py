@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf_jax.config import check_trusted
+from rlhf_jax.config import check_trusted, recorded
 from rlhf_jax.data import chat, encoding
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError, file_errors, is_hub_name, logger, no_folder
@@ -30,7 +30,7 @@ from rlhf_jax.graders import spec
 from rlhf_jax.models import hf
 from rlhf_jax.report import records
 from rlhf_jax.runs import devices, manifest, writing
-from rlhf_jax.runs.reading import settings_file, settings_of
+from rlhf_jax.runs.reading import settings_file
 from rlhf_jax.training.common.setup import enable_compilation_cache
 from rlhf_jax.training.supervised import scoring
 
@@ -169,7 +169,7 @@ def _with_judge(policy: Policy, config: Config) -> Config:
             f"--preferences and --annotated, not by {', '.join(given)}; or give a policy, and this "
             "as its --reward-model"
         )
-    entries = settings_of(policy.folder).get("reward", [])
+    entries = recorded(policy.folder).get("reward", [])
     if config.reward_model is None and len(entries) == 1 and not policy.is_judge:
         kind, names = spec.named(entries[0])
         models = map(Path, map(hf.model_folder, names))

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf_jax.config import Compute, Json
+from rlhf_jax.config import Compute, Json, recorded
 from rlhf_jax.data import chat, formats
 from rlhf_jax.data.rows import Message, Row
 from rlhf_jax.data.tokenizers import Tokenizer
@@ -18,8 +18,6 @@ from rlhf_jax.generation.generator import Generator, default_slots
 from rlhf_jax.graders import spec
 from rlhf_jax.models import hf
 from rlhf_jax.runs import devices, manifest, reading
-from rlhf_jax.runs.manifest import dotted
-from rlhf_jax.runs.reading import settings_of
 from rlhf_jax.training.common import initial, reward_models
 from rlhf_jax.training.common.setup import enable_compilation_cache
 
@@ -97,7 +95,7 @@ def open_policy(
     Raises:
         UserError: as ``Generator``.
     """
-    trained = dotted(settings_of(folder))
+    trained = recorded(folder)
     source = hf.model_folder(folder)
     network = hf.read_config(hf.find_folder(source))
     dtype = settings.dtype or trained.get("compute.dtype", "float32")
