@@ -76,13 +76,16 @@ def load(folder: str, config: Config) -> Policy:
     return Policy(folder, model, params, tokenizer, template, slots, "score" in params, stop)
 
 
-def open_bench(policy: Policy, config: Config, columns: Collection[str] = ()) -> Bench:
+def open_bench(
+    policy: Policy, config: Config, columns: Collection[str] = (), scores: Sequence[str] = ()
+) -> Bench:
     """The policy with the reward model of ``config.reward_model``, if it names one, and with the
     environment of ``config.environment``.
 
     columns: those of all prompts, which a Python function in place of a reward model may read.
+    scores: entries that judge the same answers, each for a category.
     """
-    positions = policy.model.config.max_length
+    positions = min([policy.model.config.max_length, *map(judge_positions, scores)])
     reward = None
     judge = policy.folder if policy.is_judge else config.reward_model
     if judge is not None:
@@ -90,7 +93,6 @@ def open_bench(policy: Policy, config: Config, columns: Collection[str] = ()) ->
         if policy.is_judge and spec.members(entry):
             entry = f"mean:{entry}"
         check_template(policy, judge, config)
-        reward = reward_of(entry, policy, columns, "--reward-model", config)
         limit = judge_positions(entry)
         if limit < positions:
             positions = limit
@@ -98,6 +100,7 @@ def open_bench(policy: Policy, config: Config, columns: Collection[str] = ()) ->
                 f"{judge}: reads {positions} tokens, fewer than the policy; prompt and response "
                 "have to fit"
             )
+        reward = reward_of(entry, policy, columns, "--reward-model", config, positions)
     trained = recorded(policy.folder)
     turns = config.max_turns
     if config.environment and turns is None:
@@ -146,9 +149,11 @@ def check_template(policy: Policy, folder: str, config: Config) -> None:
 
 
 def reward_of(
-    entry: str, policy: Policy, columns: Collection[str], flag: str, config: Config
+    entry: str, policy: Policy, columns: Collection[str], flag: str, config: Config, length: int
 ) -> spec.Reward:
-    """The reward of one entry, see ``spec.build_reward``; errors name the setting ``flag``."""
+    """The reward of one entry for texts of at most ``length`` tokens, see ``spec.build_reward``;
+    errors name the setting ``flag``.
+    """
     known = policy.tokenizer.fingerprint
     in_chat = chat.frame(policy.template, policy.tokenizer) is None
     judge = Judge(url=config.judge_url, model=config.judge_model)
@@ -156,7 +161,11 @@ def reward_of(
         (entry,),
         tokenizer=policy.tokenizer,
         load=functools.partial(
-            reward_models.load_reward_model, compute=Compute(), policy=known, in_chat=in_chat
+            reward_models.load_reward_model,
+            compute=Compute(),
+            length=length,
+            policy=known,
+            in_chat=in_chat,
         ),
         columns=columns,
         flag=flag,

@@ -102,7 +102,9 @@ def run(folder: str | Path, config: Config) -> Result:
     sets, categories = data.read(config, chat.template_of(policy.tokenizer, policy.template))
     # Those that each set has. Rows of given answers, which are scored too, have none.
     columns = [{name for row in read.rows for name in row.columns} for read in sets.values()]
-    opened = bench.open_bench(policy, config, set.intersection(*columns) if columns else set())
+    in_all = set.intersection(*columns) if columns else set()
+    scores = [custom.score for custom in categories.values() if custom.score]
+    opened = bench.open_bench(policy, config, in_all, scores)
     pairs = {}
     answers = {}
     left_out = {}
@@ -246,7 +248,8 @@ def _figures(
             yield from measures.of_responses(own.responses, "helpfulness", name=name)
         elif custom.score is not None:
             flag = f"{config.categories}: {name}.score"
-            judge = bench.reward_of(custom.score, opened.policy, own.columns, flag, config)
+            asked = (custom.score, opened.policy, own.columns, flag, config, opened.positions)
+            judge = bench.reward_of(*asked)
             by_row = bench.score(judge, own.rollout, own.columns, config.batch_size)
             values = by_row.reshape(own.responses.lengths.shape)
             yield measures.mean(name, "score", values, note=custom.score)

@@ -143,7 +143,13 @@ def as_given(row: Row, tokenizer: Tokenizer) -> str | list[Message]:
 def reward_of(entries: Sequence[str], policy: Generator, columns: Collection[str]) -> spec.Reward:
     """The reward of ``--reward`` entries. ``columns``: those of the prompts."""
     in_chat = chat.frame(policy.template, policy.tokenizer) is None
-    load = functools.partial(reward_models.load_reward_model, compute=Compute(), in_chat=in_chat)
+    load = functools.partial(
+        reward_models.load_reward_model,
+        compute=Compute(),
+        length=policy.room + policy.config.max_new_tokens,
+        policy=policy.tokenizer.fingerprint,
+        in_chat=in_chat,
+    )
     return spec.build_reward(entries, tokenizer=policy.tokenizer, load=load, columns=columns)
 
 
