@@ -588,7 +588,7 @@ def test_rope_keys_that_are_given_twice_mean_what_they_mean_to_transformers(mode
     if is_lost and "rope_theta" not in scaling:
         message = "rope_theta 500.* is lost: give rope_scaling a rope_theta"
     elif rope["rope_type"] != rope.get("type", rope["rope_type"]):
-        message = "but type is '"
+        message = "rope_type and type differ: "
     elif family.defaults.rope_scaling is not None and is_given != has_base:
         message = "rope_theta and rope_parameters need each other"  # ministral3's base would differ
     else:
@@ -611,7 +611,10 @@ def test_rope_keys_that_are_given_twice_mean_what_they_mean_to_transformers(mode
         ({"rope_scaling": YARNS | {"factor": True}, "rope_parameters": YARNS}, "factor is True"),
         ({"rope_scaling": YARNS | {"factor": None}, "rope_parameters": YARNS}, "factor is None"),
         ({"rope_scaling": YARNS | {"rope_theta": None}}, "rope_theta is None"),
-        ({"rope_scaling": YARNS | {"type": "linear"}}, "rope_type is 'yarn' but type is 'linear'"),
+        (
+            {"rope_scaling": YARNS | {"type": "linear"}},
+            "rope_type and type differ: yarn and linear",
+        ),
         ({"rope_scaling": {"rope_type": None}, "rope_parameters": YARNS}, "rope_type is 'None'"),
     ],
 )

@@ -5,7 +5,7 @@ other commands read of them.
 import os
 import re
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import msgspec
 
@@ -63,42 +63,32 @@ def check_trusted(given: Values, run: Path | None = None) -> None:
         )
 
 
-class _Recorded(TypedDict, total=False):
-    compute: Compute
-    text: Text
-    rl: RLStage
-
-
-_SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop")
-_READ = {
-    "compute": ("dtype",),
-    "text": ("template", "special_tokens"),
-    "rl": (*_SAMPLING, "environment", "max_turns"),
+_SAMPLING = ["max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop"]
+_READ: dict[str, tuple[type, list[str]]] = {
+    "compute": (Compute, ["dtype"]),
+    "text": (Text, ["template", "special_tokens"]),
+    "rl": (RLStage, [*_SAMPLING, "environment", "max_turns"]),
 }
 
 
 def recorded(folder: str) -> dict[str, Any]:
     """{dotted key: value} of what other commands read of the config.yaml of a run, given the run or
-    its ``model/``; empty for other models.
+    its ``model/``; for other models its ``reward`` is empty and nothing else there.
 
     Raises:
-        UserError: names the file and the key that the settings of a run could not have.
+        UserError: names the file and the key of a value that no run has.
     """
     file = reading.settings_file(folder)
-    if not file.is_file():
-        return {}
-    settings = reading.read_yaml(file, reading.Settings)
-    given = {
-        section: {key: settings[section][key] for key in keys if key in settings.get(section, ())}
-        for section, keys in _READ.items()
-    }
-    wrong = reading.misfit(given, _Recorded)
-    if wrong:
-        raise UserError(f"{file}: {wrong}")
-    found: Any = msgspec.convert(given, _Recorded)
-    keys = [(section, key) for section, values in given.items() for key in values]
-    values = {f"{section}.{key}": getattr(found[section], key) for section, key in keys}
-    return {**values, "reward": settings.get("reward", [])}
+    settings = reading.read_yaml(file, reading.Settings) if file.is_file() else {}
+    found = {"reward": settings.get("reward", [])}
+    for section, (kind, keys) in _READ.items():
+        given = {key: value for key, value in settings.get(section, {}).items() if key in keys}
+        wrong = reading.misfit(given, kind).removeprefix("it: ")
+        if wrong:
+            raise UserError(f"{file}: {section}: {wrong}")
+        values = vars(msgspec.convert(given, kind))
+        found |= {f"{section}.{key}": values[key] for key in given}
+    return found
 
 
 def _harm(key: str, value: Any, config: Path, run: Path | None) -> str:

@@ -154,19 +154,11 @@ def reward_of(
     """The reward of one entry for texts of at most ``length`` tokens, see ``spec.build_reward``;
     errors name the setting ``flag``.
     """
-    known = policy.tokenizer.fingerprint
-    in_chat = chat.frame(policy.template, policy.tokenizer) is None
     judge = Judge(url=config.judge_url, model=config.judge_model)
     return spec.build_reward(
         (entry,),
         tokenizer=policy.tokenizer,
-        load=functools.partial(
-            reward_models.load_reward_model,
-            compute=Compute(),
-            length=length,
-            policy=known,
-            in_chat=in_chat,
-        ),
+        load=reward_models.for_texts_of(policy.tokenizer, policy.template, length),
         columns=columns,
         flag=flag,
         services=Services(judge, Path(config.output or policy.folder) / "judge"),

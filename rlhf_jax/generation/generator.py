@@ -247,8 +247,7 @@ class LanguageModel(NamedTuple):
         """[N] float32 scores, by a reward model, of responses to conversations, both texts:
         `encoding.answered_ids`, ``batch_size`` of similar length at a time. A model of others
         reads all that its chat template writes, one of ours up to the end of the answer.
-        ``length``: tokens of the policy's tokenizer that prompt and response may have, to be named
-        in the error.
+        ``length``, for the error: of the policy's tokens that a text may have.
 
         Raises:
             UserError: naming the text: it has more tokens than the model reads, or spells a special
@@ -261,11 +260,10 @@ class LanguageModel(NamedTuple):
             where = f"text {number}, {conversation.text_of(messages[-1])[:40]!r}"
             ids = encoding.answered_ids(messages, response, self.tokenizer, where, ends)
             if len(ids) > limit:
-                now = f", now {length} of the policy's tokens in all" if length else ""
+                now = f", now {length} of the policy's tokens" if length else ""
                 raise UserError(
                     f"{where}: prompt and response are {len(ids)} tokens of the reward model's "
-                    f"tokenizer, and it reads {limit}; shorten them (rl.max_prompt_length, "
-                    f"rl.max_new_tokens{now})"
+                    f"tokenizer, and it reads {limit}; shorten them, as by rl.max_new_tokens{now}"
                 )
             rows.append(ids)
         return self.score_ids(rows, batch_size)

@@ -3,7 +3,6 @@ it.
 """
 
 import dataclasses
-import functools
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -142,14 +141,8 @@ def as_given(row: Row, tokenizer: Tokenizer) -> str | list[Message]:
 
 def reward_of(entries: Sequence[str], policy: Generator, columns: Collection[str]) -> spec.Reward:
     """The reward of ``--reward`` entries. ``columns``: those of the prompts."""
-    in_chat = chat.frame(policy.template, policy.tokenizer) is None
-    load = functools.partial(
-        reward_models.load_reward_model,
-        compute=Compute(),
-        length=policy.room + policy.config.max_new_tokens,
-        policy=policy.tokenizer.fingerprint,
-        in_chat=in_chat,
-    )
+    length = policy.room + policy.config.max_new_tokens
+    load = reward_models.for_texts_of(policy.tokenizer, policy.template, length)
     return spec.build_reward(entries, tokenizer=policy.tokenizer, load=load, columns=columns)
 
 

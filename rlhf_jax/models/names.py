@@ -255,10 +255,7 @@ def _rope_type(rope: Mapping[str, Any]) -> str:
     named = [str(rope[key]) for key in ("rope_type", "type") if key in rope]
     kinds = {_OLD_ROPES.get(kind, kind) for kind in named}
     if len(kinds) > 1:
-        raise ValueError(
-            f"rope_type is {named[0]!r} but type is {named[1]!r}: remove type, and call what is "
-            "meant rope_type"
-        )
+        raise ValueError(f"rope_type and type differ: {' and '.join(named)}; give the former alone")
     return kinds.pop() if kinds else "default"
 
 

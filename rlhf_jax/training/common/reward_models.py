@@ -6,7 +6,7 @@ import numpy as np
 
 from rlhf_jax import models, policies, rewards
 from rlhf_jax.config import Compute
-from rlhf_jax.data import formats, tokenizers
+from rlhf_jax.data import chat, formats, tokenizers
 from rlhf_jax.errors import UserError
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.graders import spec
@@ -74,6 +74,13 @@ def load_reward_model(
         in_groups = functools.partial(scorer_of_groups, model, score_rows=score_rows)
     score_fn = policies.by_rows(score_fn, score_rows)
     return spec.RewardModel(score_fn, params, own, score_texts, in_groups)
+
+
+def for_texts_of(tokenizer: tokenizers.Tokenizer, template: str, length: int) -> spec.Load:
+    """``load_reward_model`` for prompts and responses of at most ``length`` tokens of a policy."""
+    in_chat = chat.frame(template, tokenizer) is None
+    load = functools.partial(load_reward_model, compute=Compute(), length=length)
+    return functools.partial(load, policy=tokenizer.fingerprint, in_chat=in_chat)
 
 
 def scorer_of_groups(
