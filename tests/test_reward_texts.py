@@ -329,14 +329,24 @@ def policy_of(folder, **more):
     return SimpleNamespace(tokenizer=tokenizer, template="auto", room=74, config=config, **more)
 
 
-@pytest.mark.parametrize("length", [79, 80])
-def test_chat_and_generate_refuse_a_reward_model_that_reads_less_than_the_policy(length, tmp_path):
+@pytest.mark.parametrize(
+    ("length", "is_ours", "fits"),
+    [(79, True, False), (80, True, True), (80, False, False), (90, False, True)],
+)
+def test_chat_and_generate_refuse_a_reward_model_that_reads_less_than_the_policy(
+    length, is_ours, fits, tmp_path
+):
+    """One of others reads the end of the turn too."""
     folder = save_judge(tmp_path, max_length=length)
     policy = policy_of(folder)
-    if length == 80:
+    if not is_ours:
+        as_of_others(folder)
+        length -= len(chat.template_of(policy.tokenizer).closing)
+    if fits:
         assert asking.reward_of([folder], policy, ()).fn is not None
         return
-    with pytest.raises(UserError, match=r"reads 79 tokens; shorten .*max_new_tokens\), now 80"):
+    said = rf"reads {length} tokens; shorten .*max_new_tokens\), now 80"
+    with pytest.raises(UserError, match=said):
         asking.reward_of([folder], policy, ())
 
 
