@@ -54,9 +54,7 @@ def by_depth(compute: Compute, layers: int) -> Compute:
 
 
 def check_positions(what: str, model: models.Model, length: int, closing: int = 0) -> None:
-    """Raises UserError, which begins with ``what``, if the model reads fewer tokens than ``length``
-    and the ``closing`` behind them.
-    """
+    """Raises UserError if a model, ``what``, reads fewer tokens than ``length`` and ``closing``."""
     reads = model.config.max_length - closing
     if reads < length:
         raise UserError(
