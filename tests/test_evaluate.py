@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shutil
+import sys
 import types
 from pathlib import Path
 
@@ -719,6 +720,38 @@ def test_a_category_may_be_a_list_of_prompts(folders, tmp_path):
     assert {"new_content_words", "response_tokens", "ended", "empty"} < found.keys()
 
 
+def shortened(folders, place, length):
+    """The reward model with fewer positions."""
+    model, params = models.load(folders / "rm" / "model")
+    params["wpe"] = {"embedding": params["wpe"]["embedding"][:length]}
+    models.save(place, models.build(dataclasses.replace(model.config, max_length=length)), params)
+    tokenizers.load_tokenizer(folders / "rm" / "model").save(place)
+    return str(place)
+
+
+def test_prompt_and_response_fit_into_the_scorer_of_a_category(folders, tmp_path):
+    short = shortened(folders, tmp_path / "short", 12)
+    (tmp_path / "mine.yaml").write_text(f"custom:\n  score: {short}\n")
+    own = {"categories": str(tmp_path / "mine.yaml"), "output": str(tmp_path)}
+    given = config(folders, preferences=(), max_new_tokens=6, **own)
+    with pytest.raises(UserError, match=r"prompt has \d+ tokens, more than the 6 allowed"):
+        evaluate.run(folders / "run", given)
+
+
+@pytest.mark.parametrize("length", [64, 63])
+def test_a_reward_model_is_told_how_long_the_texts_are(folders, tmp_path, length, monkeypatch):
+    """One of the hub too, whose positions nobody has asked for."""
+    short = shortened(folders, tmp_path / "short", length)
+    monkeypatch.setattr(bench, "judge_positions", lambda entry: sys.maxsize)
+    asked = config(folders, reward_model=short)
+    policy = bench.load(str(folders / "run"), asked)
+    if length == 64:
+        assert bench.open_bench(policy, asked).reward.fn is not None
+        return
+    with pytest.raises(UserError, match=r"reads 63 tokens; shorten .* now 64"):
+        bench.open_bench(policy, asked)
+
+
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory):
     """A policy and a reward model of random weights that read whatever GPT-2's tokenizer does."""
@@ -858,7 +891,7 @@ def test_the_runs_own_reward_model_judges_by_default(
     folders, monkeypatch, given, rewards, expected
 ):
     monkeypatch.chdir(folders)
-    monkeypatch.setattr(evaluate, "settings_of", lambda folder: {"reward": rewards})
+    monkeypatch.setattr(evaluate, "recorded", lambda folder: {"reward": rewards})
     policy = bench.Policy("run", None, {}, None, "auto", 8, is_judge=False)
     asked = evaluate.Config(prompts=("p",), reward_model=given)
     assert evaluate._with_judge(policy, asked).reward_model == expected
@@ -885,7 +918,7 @@ def test_a_reward_of_somebody_elses_run_is_no_code_and_needs_trust_elsewhere(fol
         (["../rm"], False, None),  # there is none
         (["pairs:judge:rm"], True, None),
     ]:
-        monkeypatch.setattr(evaluate, "settings_of", lambda folder, given=reward: {"reward": given})
+        monkeypatch.setattr(evaluate, "recorded", lambda folder, given=reward: {"reward": given})
         config = dataclasses.replace(asked, trust_config=trusts)
         if expected is UserError:
             with pytest.raises(UserError, match=r"run/config\.yaml: reward .*\n.*--trust-config"):

@@ -3,6 +3,7 @@ prompts alone.
 """
 
 import json
+import re
 
 import asked_runs
 import jax
@@ -15,7 +16,7 @@ from rlhf_jax.data import formats
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation import bench
 from rlhf_jax.generation.generator import Generator, LanguageModel
-from rlhf_jax.inference import generate
+from rlhf_jax.inference import asking, generate
 
 PROMPTS = ["abc", "d", "a much longer prompt", "abc", "hi", "abcd efgh", "d"]
 MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "who"}]
@@ -89,6 +90,75 @@ def test_its_settings_are_the_runs_unless_flags_say_otherwise(runs, write):
     assert [row["response"] for row in write(*flags)] == expected.texts
     inner = write("--n", "2", name="inner.jsonl", policy="policy/model")
     assert inner == write("--n", "2", name="outer.jsonl")
+
+
+# Values that no run has, in a config.yaml that may be somebody else's, and the key that is named.
+STRANGE = [
+    ("rl: {temperature: -1}", "rl: temperature must be above 0, got -1"),
+    ("rl: {temperature: .inf}", "rl: temperature must be below inf"),
+    ("rl: {temperature: .nan}", "rl: temperature must be above 0, got nan"),
+    ("rl: {temperature: x}", "rl: temperature: Expected `float`, got `str`"),
+    ("rl: {temperature: null}", "rl: temperature: Expected `float`, got `null`"),
+    ("rl: {temperature: [1, [2]]}", "rl: temperature: Expected `float`, got `array`"),
+    ("rl: {top_k: 0}", "rl: top_k must be at least 1, got 0"),
+    ("rl: {top_k: true}", "rl: top_k: Expected `int | null`, got `bool`"),
+    ("rl: {top_p: 1.5}", "rl: top_p must be at most 1, got 1.5"),
+    ("rl: {min_p: -0.5}", "rl: min_p must be at least 0, got -0.5"),
+    ("rl: {max_new_tokens: 0}", "rl: max_new_tokens must be at least 1, got 0"),
+    ("rl: {max_new_tokens: 9999999999}", "rl: max_new_tokens must be at most 2147483647"),
+    ("rl: {max_new_tokens: 1e400}", "rl: max_new_tokens: Expected `int`"),
+    ("rl: {max_new_tokens: " + "9" * 40 + "}", "numbers of 64 bits"),
+    ("rl: {stop: ['']}", "rl: stop: expected texts that are not empty"),
+    ("rl: {stop: '.'}", "rl: stop: Expected `array`, got `str`"),
+    ("rl: {max_turns: 2}", "rl: max_turns: conversations have an environment"),
+    ("rl: {environment: 5}", "rl: environment: Expected `str | null`, got `int`"),
+    ("rl: 5", "rl: Expected `object`, got `int`"),
+    ("compute: {dtype: x}", "compute: dtype: Invalid enum value 'x'"),
+    ("compute: {dtype: [float32]}", "compute: dtype: "),
+    ("compute: null", "compute: Expected `object`, got `null`"),
+    ("text: {template: hello}", "text: template must be auto or contain {prompt}"),
+    ("text: {template: 1}", "text: template: Expected `str`, got `int`"),
+    ("text: {special_tokens: x}", "text: special_tokens: "),
+    ("text: [1]", "text: Expected `object`, got `array`"),
+    ("reward: 5", "reward: Expected `array`, got `int`"),
+    ("reward: [[a]]", "Expected `str`, got `array`"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), STRANGE)
+def test_a_config_of_somebody_else_is_refused_with_its_file_and_key(runs, tmp_path, text, message):
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    (folder / "model").symlink_to(runs / "policy" / "model")
+    (folder / "config.yaml").write_text(text)
+    readers = (
+        lambda: asking.open_policy(str(folder), asking.Settings()),  # generate, chat and serve
+        lambda: bench.load(str(folder), bench.Config()),
+    )
+    for read in readers:
+        with pytest.raises(UserError, match=re.escape(message)) as refused:
+            read()
+        assert str(refused.value).startswith(f"{folder}/config.yaml: ")
+        assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", "a: 1", "rl: {}", "rl: {repetition_penalty: -1, engine: 5}", "rl: {top_k: null}"]
+)
+def test_what_no_other_command_reads_of_a_config_is_not_checked(runs, tmp_path, text):
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    (folder / "model").symlink_to(runs / "policy" / "model")
+    (folder / "config.yaml").write_text(text)
+    sampling = asking.open_policy(str(folder), asking.Settings()).config
+    assert (sampling.temperature, sampling.top_k, sampling.repetition_penalty) == (1.0, None, 1.0)
+
+
+def test_a_whole_number_as_a_temperature_is_a_float(runs, tmp_path):
+    (tmp_path / "model").symlink_to(runs / "policy" / "model")
+    (tmp_path / "config.yaml").write_text("rl: {temperature: 9223372036854775807}")
+    temperature = asking.open_policy(str(tmp_path), asking.Settings()).config.temperature
+    assert isinstance(temperature, float)  # JAX has no such int
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from adapter_keys import ADAPTER_KEYS, HARMLESS_KEYS
 from builders import (
     CONFIG,
     LLAMA,
@@ -343,6 +344,55 @@ def test_strange_folders_are_refused(some_layers, tmp_path):
     file.unlink()
     with pytest.raises(UserError, match="an adapter folder holds adapter_config"):
         lora.load(tmp_path, params)
+
+
+EMPTY = [{}, [], "", "none", None, False, 0]
+
+
+@pytest.fixture(scope="module")
+def one_adapter(tmp_path_factory):
+    """(parameters, an adapter's folder, the content of its adapter_config.json)."""
+    params = some_params(LLAMA)
+    folder = tmp_path_factory.mktemp("adapter")
+    lora.save(folder, params, grown(lora.init(KEY, params, 2, "h_0/attn/q_proj")))
+    return params, folder, json.loads((folder / "adapter_config.json").read_text("utf-8"))
+
+
+@pytest.mark.parametrize("key", ADAPTER_KEYS)
+def test_a_key_that_makes_another_kind_of_adapter_is_refused(key, one_adapter):
+    params, folder, config = one_adapter
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(config | {key: ADAPTER_KEYS[key]}), "utf-8")
+    with pytest.raises(UserError, match=rf"adapter_config\.json: {key} is .*plain LoRA") as caught:
+        lora.load(folder, params)
+    assert "\n" not in str(caught.value)
+    for value in EMPTY:
+        file.write_text(json.dumps(config | {key: value}), "utf-8")
+        assert lora.load(folder, params)
+
+
+@pytest.mark.parametrize("key", HARMLESS_KEYS)
+def test_a_key_that_leaves_an_adapter_as_it_is_changes_nothing(key, one_adapter):
+    params, folder, config = one_adapter
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(config), "utf-8")
+    expected = lora.load(folder, params)
+    file.write_text(json.dumps(config | {key: HARMLESS_KEYS[key]}), "utf-8")
+    jax.tree.map(assert_array_equal, lora.load(folder, params), expected)
+
+
+def test_alpha_is_divided_by_the_rank_of_the_tensors_that_rank_pattern_gives(one_adapter):
+    params, folder, config = one_adapter
+    file = folder / "adapter_config.json"
+    given = {"r": 8, "lora_alpha": 3, "rank_pattern": {"q_proj": 2}}
+    for of_rank, scale in ((False, 3 / 2), (True, 3 / 2**0.5)):
+        file.write_text(json.dumps(config | given | {"use_rslora": of_rank}), "utf-8")
+        scales = lora.load(folder, params)["h_0"]["attn"]["q_proj"]["lora_scale"]
+        assert_allclose(scales, scale, rtol=1e-6)
+    for rank in (8, "2", None):
+        file.write_text(json.dumps(config | {"r": rank}), "utf-8")
+        with pytest.raises(UserError, match=r"q_proj\.lora_A\.weight is of rank 2, .* r .* is"):
+            lora.load(folder, params)
 
 
 def test_whole_modules_of_a_folder_replace_those_of_the_base(tmp_path):

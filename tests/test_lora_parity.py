@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from adapter_keys import ADAPTER_KEYS, HARMLESS_KEYS, READ_KEYS
 from flax.traverse_util import flatten_dict
 from numpy.testing import assert_allclose
 from torch_models import left_padded, torch_forward, torch_model
 
 from rlhf_jax import models
+from rlhf_jax.errors import UserError
 from rlhf_jax.models import families, lora
 
 pytestmark = pytest.mark.parity
@@ -100,6 +102,67 @@ def test_peft_s_adapters_give_its_logits_and_gradients(tmp_path, family, scan_la
     for name, theirs in gradients.items():
         shape = theirs.T.shape
         assert_allclose(ours[name].reshape(shape), theirs.T, atol=2e-4 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"rank_pattern": {"q_proj": 2, r"model\.layers\.\d\.mlp\.down_proj": 4}},
+        {"rank_pattern": {"q_proj": 2}, "use_rslora": True},
+        {"layers_to_transform": [0]},
+        {"layers_to_transform": [0, 1], "layers_pattern": "layers"},
+        {"exclude_modules": ["v_proj"]},
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        {"lora_dropout": 0.3},
+        {"fan_in_fan_out": True},
+        {"init_lora_weights": "gaussian"},
+        {"qalora_group_size": 2, "megatron_core": "other.core"},
+    ],
+    ids=str,
+)
+def test_settings_of_peft_that_are_read_give_its_logits(tmp_path, config):
+    reference = torch_model("Llama")
+    reference.save_pretrained(tmp_path / "base")
+    adapted = with_peft(reference, FAMILIES["Llama"], **config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    tokens, mask = left_padded()
+    expected = torch_forward(adapted, tokens, mask)
+    model, params = models.load(tmp_path / "base")
+    adapters = lora.load(tmp_path / "adapter", params, model)
+    found = np.asarray(jax.jit(model.apply)(lora.attach(params, adapters), tokens, mask))
+    assert_allclose(found[mask == 1], expected[mask == 1], atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"alora_invocation_tokens": [3, 4], "task_type": "CAUSAL_LM"},
+        {"alpha_pattern": {"q_proj": 2}},
+        {"use_dora": True},
+        {"bias": "lora_only"},
+        {"lora_bias": True},
+        {"trainable_token_indices": [1, 2]},
+        {"layer_replication": [[0, 2], [1, 2]]},
+        {"use_qalora": True, "qalora_group_size": 2},
+    ],
+    ids=str,
+)
+def test_other_adapters_that_peft_writes_are_refused_by_name(tmp_path, config):
+    reference = torch_model("Llama")
+    reference.save_pretrained(tmp_path / "base")
+    with_peft(reference, FAMILIES["Llama"], **config).save_pretrained(tmp_path / "adapter")
+    _, params = models.load(tmp_path / "base")
+    with pytest.raises(UserError, match=f"{next(iter(config))} is .* only plain LoRA is read"):
+        lora.load(tmp_path / "adapter", params)
+
+
+def test_every_field_of_peft_s_config_is_known_to_the_tests():
+    import dataclasses
+
+    import peft
+
+    fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    assert fields <= {*ADAPTER_KEYS, *HARMLESS_KEYS, *READ_KEYS}
 
 
 @each_family

@@ -1,5 +1,6 @@
 """Model folders without torch: round trips, kept keys, and messages that name what is wrong."""
 
+import copy
 import functools
 import json
 import math
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 from builders import (
     GEMMA,
     LLAMA,
@@ -30,7 +32,7 @@ from safetensors.numpy import load_file, save_file
 
 from rlhf_jax import models, sharding
 from rlhf_jax.errors import UserError
-from rlhf_jax.models import hf, names
+from rlhf_jax.models import families, hf, names
 
 CONFIG = models.GPT2Config(
     vocab_size=7, max_length=5, hidden_size=4, num_layers=2, num_heads=2, eos_token_id=1
@@ -483,7 +485,7 @@ SCALED = {
             {"rope_parameters": {"partial_rotary_factor": 0.5}},
             r"partial_rotary_factor changes the logits",
         ),
-        ({"rope_parameters": [1]}, r"rope_scaling is \[1\], expected an object"),
+        ({"rope_parameters": [1]}, r"rope_parameters is \[1\], expected an object"),
         ({"pretraining_tp": 2}, r"pretraining_tp is 2"),
         ({"num_key_value_heads": 3}, r"num_heads 4 .* num_kv_heads 3"),
         ({"head_dim": 3}, r"even head_dim, got 3"),
@@ -513,6 +515,115 @@ ROPES = {
 }
 
 
+# rope_scaling beside rope_parameters of transformers 5, and outer keys beside them.
+ORIGINAL = "original_max_position_embeddings"
+YARNS = {"rope_type": "yarn", "factor": 4.0, ORIGINAL: 16}
+PLAIN = {"rope_type": "default", "rope_theta": 500.0}
+LINEAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 500.0}
+TWICE = [
+    {"rope_scaling": {**YARNS, "rope_theta": 500.0}, "rope_parameters": PLAIN},
+    {"rope_scaling": {**YARNS, "rope_theta": 99.0}, "rope_parameters": PLAIN},
+    {"rope_scaling": YARNS, "rope_parameters": PLAIN},
+    {"rope_scaling": YARNS, "rope_parameters": PLAIN, "rope_theta": 500.0},
+    {"rope_scaling": YARNS, "rope_parameters": PLAIN, "rope_theta": 99.0},
+    {"rope_scaling": YARNS, "rope_parameters": {"rope_type": "default"}},
+    {"rope_scaling": {**YARNS, "type": "yarn"}, "rope_parameters": YARNS},
+    {"rope_scaling": {"type": "yarn", "factor": 2}, "rope_parameters": {}, "rope_theta": 99.0},
+    {"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": YARNS},
+    {"rope_scaling": {"factor": 2.0}, "rope_parameters": LINEAR},
+    {"rope_scaling": {"rope_type": "default"}, "rope_parameters": LINEAR, "rope_theta": 500.0},
+    {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0, "unknown": 1}},
+    {"rope_scaling": {"type": "linear", "factor": 8.0}},
+    {"rope_scaling": None, "rope_parameters": LINEAR, "rope_theta": 99.0},
+    {"rope_scaling": {}, "rope_parameters": {**LINEAR, "rope_theta": 99}},
+    {"rope_scaling": {"rope_type": "llama3", **SCALED}, "rope_parameters": LINEAR},
+    {"rope_scaling": {"rope_theta": 99.0}, "rope_parameters": LINEAR},
+    {"rope_scaling": {"partial_rotary_factor": 1.0}, "rope_parameters": None},
+    {"rope_parameters": {}, "rope_theta": 99.0},
+    {"rope_theta": 99.0},
+]
+
+
+def their_rope(rope):
+    """What transformers computes with, of the object of a rope."""
+    read = {"default": [], "yarn": ["factor", ORIGINAL], "llama3": ["factor", ORIGINAL]}
+    kind = rope["rope_type"]
+    return [kind, rope["rope_theta"], *(rope[key] for key in read.get(kind, ["factor"]))]
+
+
+def our_rope(config):
+    scaling = config.rope_scaling
+    if scaling is None:
+        return ["default", config.rope_theta]
+    original = [scaling.original_max_length] if scaling.kind in ("yarn", "llama3") else []
+    return [scaling.kind, config.rope_theta, scaling.factor, *original]
+
+
+@pytest.mark.parametrize("twice", TWICE, ids=json.dumps)
+@pytest.mark.parametrize("model_type", [name for name in families.FAMILIES if name != "gpt2"])
+def test_rope_keys_that_are_given_twice_mean_what_they_mean_to_transformers(model_type, twice):
+    """Or they are refused where a base is lost, or where versions of transformers differ."""
+    family = families.FAMILIES[model_type]
+    keys = {"max_position_embeddings": 128, "hidden_size": 64, "num_attention_heads": 2}
+    keys |= {"num_key_value_heads": 2, "head_dim": 32}
+    keys |= copy.deepcopy(twice)
+    scaling, parameters = keys.get("rope_scaling") or {}, keys.get("rope_parameters") or {}
+    given = scaling or parameters
+    is_given = bool(scaling) or keys.get("rope_parameters") is not None
+    has_base = "rope_theta" in given or "rope_theta" in keys
+    has_two = getattr(family.defaults, "local_rope_theta", None) is not None
+    if has_two and parameters:
+        keys["rope_parameters"] = {WHOLE: parameters, LOCAL: {"rope_theta": 7.0}}
+    if "rope_theta" in keys:
+        keys[family.keys.get("rope_theta", "rope_theta")] = keys.pop("rope_theta")
+    try:
+        config = transformers.CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(keys))
+    except (KeyError, ValueError, huggingface_hub.errors.StrictDataclassError):
+        # phi3 knows longrope alone; two ropes in an empty object have no names.
+        assert model_type == "phi3" or (has_two and keys["rope_parameters"] == {})
+        return
+    theirs = config.rope_parameters
+    rope = theirs[WHOLE] if has_two else theirs
+    is_lost = scaling and parameters.get("rope_theta", rope["rope_theta"]) != rope["rope_theta"]
+    if is_lost and "rope_theta" not in scaling:
+        message = "rope_theta 500.* is lost: give rope_scaling a rope_theta"
+    elif rope["rope_type"] != rope.get("type", rope["rope_type"]):
+        message = "rope_type and type differ: "
+    elif family.defaults.rope_scaling is not None and is_given != has_base:
+        message = "rope_theta and rope_parameters need each other"  # ministral3's base would differ
+    else:
+        ours = names.from_json({"model_type": model_type, **keys}, "config.json")
+        assert our_rope(ours) == their_rope(rope)
+        assert not has_two or ours.local_rope_theta == theirs[LOCAL]["rope_theta"]
+        return
+    with pytest.raises(UserError, match=message):
+        names.from_json({"model_type": model_type, **keys}, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn', expected an object"),
+        ({"rope_scaling": [YARNS], "rope_parameters": PLAIN}, r"rope_scaling is \["),
+        ({"rope_scaling": {WHOLE: YARNS}}, "rope_scaling is .* expected an object for all layers"),
+        ({"rope_scaling": YARNS, "rope_parameters": {WHOLE: PLAIN}}, "rope_parameters is {'full"),
+        ({"rope_scaling": YARNS | {"factor": "4"}, "rope_parameters": YARNS}, "factor is '4'"),
+        ({"rope_scaling": YARNS | {"factor": True}, "rope_parameters": YARNS}, "factor is True"),
+        ({"rope_scaling": YARNS | {"factor": None}, "rope_parameters": YARNS}, "factor is None"),
+        ({"rope_scaling": YARNS | {"rope_theta": None}}, "rope_theta is None"),
+        (
+            {"rope_scaling": YARNS | {"type": "linear"}},
+            "rope_type and type differ: yarn and linear",
+        ),
+        ({"rope_scaling": {"rope_type": None}, "rope_parameters": YARNS}, "rope_type is 'None'"),
+    ],
+)
+def test_rope_keys_without_a_clear_meaning_are_refused(changes, message):
+    keys = without(names.to_json(LLAMA), "rope_theta", "rope_scaling") | changes
+    with pytest.raises(UserError, match=message):
+        names.from_json(keys, "config.json")
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -525,6 +636,20 @@ ROPES = {
         (
             {"rope_parameters": {**ROPES, LOCAL: {"rope_type": "linear"}}},
             r"rope_parameters\.sliding_attention is",
+        ),
+        (
+            {"rope_parameters": {LOCAL: {"type": "linear", "factor": 2.0}}},
+            r"rope_parameters\.sliding_attention is",
+        ),
+        ({"rope_parameters": ROPES[WHOLE]}, "rope_parameters is .*, expected objects for full_att"),
+        ({"rope_parameters": {**ROPES, WHOLE: [1]}}, r"rope_parameters\.full_attention is \[1\]"),
+        (
+            {"rope_parameters": {WHOLE: None, LOCAL: {}}, "rope_local_base_freq": 7.0},
+            (6, 1e6, None, 7.0),
+        ),
+        (
+            {"rope_parameters": ROPES, "rope_scaling": {"factor": 4.0}},
+            (6, 5.0, models.RopeScaling("linear", 4.0), 7.0),
         ),
         ({"final_logit_softcapping": 30.0}, r"final_logit_softcapping is 30"),
         ({"sliding_window_pattern": 0}, r"global_every .* got 0"),

@@ -71,6 +71,40 @@ def test_logits_equal_transformers(tmp_path, name):
     assert_allclose(np.asarray(logits)[mask == 1], expected[mask == 1], atol=2e-4)
 
 
+LONGER = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
+
+
+@pytest.mark.parametrize(
+    ("name", "added"),
+    [
+        ("Llama llama3", {"rope_scaling": {**LONGER, "rope_theta": 99.0}}),
+        ("Qwen2 tied", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+        ("Gemma2 caps", {"rope_scaling": LONGER}),
+        ("Granite multipliers", {"rope_scaling": {**LONGER, "rope_theta": 99.0}}),
+        ("GPTNeoX parallel", {"rope_scaling": {**LONGER, "partial_rotary_factor": 0.5}}),
+        (
+            "Ministral3 scaled queries",
+            {"rope_scaling": {**LONGER, "rope_theta": 99.0, "llama_4_scaling_beta": 0.2}},
+        ),
+        ("Olmo3 two ropes", {"rope_scaling": {"factor": 8.0}}),
+        ("Gemma3 tied", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+    ],
+)
+def test_rope_scaling_beside_rope_parameters_is_read_as_transformers_does(tmp_path, name, added):
+    torch_model(name).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    keys = json.loads(file.read_text())
+    assert keys["rope_parameters"]
+    file.write_text(json.dumps(keys | added))
+    tokens, mask = left_padded()
+    plain = torch_forward(torch_model(name), tokens, mask)
+    expected = torch_forward(type(torch_model(name)).from_pretrained(tmp_path), tokens, mask)
+    assert np.abs(expected - plain)[mask == 1].max() > 0.1
+    model, params = models.load(tmp_path)
+    logits = jax.jit(model.apply)(params, tokens, mask)
+    assert_allclose(np.asarray(logits)[mask == 1], expected[mask == 1], atol=2e-4)
+
+
 each_family = pytest.mark.parametrize(
     "name",
     [

@@ -314,7 +314,9 @@ def test_a_model_is_loaded_with_its_score_head(tmp_path):
         load(str(tmp_path))
     params = models.add_head(jax.random.key(1), params, "score")
     models.save(tmp_path, model, params)
-    with pytest.raises(UserError, match=f"{tmp_path}: this reward model reads 8 tokens; .* now 9$"):
+    with pytest.raises(
+        UserError, match=f"{tmp_path}: this reward model reads 8 tokens; .*, now 9$"
+    ):
         load(str(tmp_path), length=9)
     given = rollout()
     expected = models.score_fn(model)(params, given.tokens, given.attention_mask, None)

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import chat_families
 import jax
@@ -22,6 +23,8 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation import bench, evaluate
 from rlhf_jax.generation.generator import Generator, LanguageModel
 from rlhf_jax.graders import spec
+from rlhf_jax.inference import asking
+from rlhf_jax.models import hf
 from rlhf_jax.training import rl
 from rlhf_jax.training.common import reward_models
 from rlhf_jax.types import Rollout
@@ -238,6 +241,10 @@ def test_what_it_cannot_read_is_refused_by_name(tmp_path):
     ]:
         with pytest.raises(UserError, match=f"--reward .*rm: .*{message}"):
             host(given, columns)
+    model = load(folder, length=64)  # the policy's tokens
+    said = r"text 1, 'hi': .* reads 40; .*rl\.max_new_tokens, now 64 of the policy's tokens"
+    with pytest.raises(UserError, match=said):
+        model.score_texts([[USER], [USER]], ["no", "an answer that is longer"])
     (tmp_path / "plain").mkdir()
     chat_families.write(tmp_path / "plain", "qwen2.5")
     judge = LanguageModel.load(folder)
@@ -313,3 +320,56 @@ def test_scores_equal_those_of_transformers_on_the_same_texts(tmp_path):
     assert np.std(expected) > 0.03
     scores, _ = build(str(tmp_path)).host(sampled(["a", "bb", "c"], SAID), {"messages": ASKED})
     assert_allclose(scores, expected, atol=3e-4)
+
+
+def policy_of(folder, **more):
+    """What `asking.reward_of` reads of a policy: 80 positions, 6 of them for the response."""
+    tokenizer = load_tokenizer(folder)
+    config = SimpleNamespace(max_new_tokens=6)
+    return SimpleNamespace(tokenizer=tokenizer, template="auto", room=74, config=config, **more)
+
+
+@pytest.mark.parametrize(
+    ("length", "is_ours", "fits"),
+    [(79, True, False), (80, True, True), (80, False, False), (90, False, True)],
+)
+def test_chat_and_generate_refuse_a_reward_model_that_reads_less_than_the_policy(
+    length, is_ours, fits, tmp_path
+):
+    """One of others reads the end of the turn too."""
+    folder = save_judge(tmp_path, max_length=length)
+    policy = policy_of(folder)
+    if not is_ours:
+        as_of_others(folder)
+        length -= len(chat.template_of(policy.tokenizer).closing)
+    if fits:
+        assert asking.reward_of([folder], policy, ()).fn is not None
+        return
+    said = rf"reads {length} tokens; shorten .*max_new_tokens\), now 80"
+    with pytest.raises(UserError, match=said):
+        asking.reward_of([folder], policy, ())
+
+
+def test_chat_and_generate_refuse_a_scorer_of_steps_of_another_tokenizer(tmp_path):
+    folder = save_judge(tmp_path / "rm")
+    file = Path(folder, "config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"score_position": hf.STEP_ENDS}))
+    assert asking.reward_of([folder], policy_of(folder), ()).fn is not None
+    chat_families.write(tmp_path / "other", "llama3")
+    with pytest.raises(UserError, match="scores steps needs the tokenizer of the policy"):
+        asking.reward_of([folder], policy_of(tmp_path / "other"), ())
+
+
+def test_a_policy_leaves_room_for_what_its_reward_model_reads_behind_an_answer(tmp_path):
+    folder = save_judge(tmp_path / "rm", max_length=64)
+    judge = LanguageModel.load(folder)
+    body = {name: part for name, part in judge.params.items() if name != "score"}
+    wide = models.build(replace(judge.model.config, max_length=128))
+    body["wpe"] = {"embedding": np.zeros((128, 8), np.float32)}
+    chat_families.write(tmp_path / "policy", "qwen2.5")
+    models.save(tmp_path / "policy", wide, body)
+    assert Generator(tmp_path / "policy", folder, max_new_tokens=4).room == 60
+    as_of_others(folder)
+    closing = chat.template_of(load_tokenizer(folder)).closing
+    room = Generator(tmp_path / "policy", folder, max_new_tokens=4).room
+    assert room == 60 - len(closing) < 60

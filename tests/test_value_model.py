@@ -260,7 +260,7 @@ def test_the_first_values_are_the_scores_of_the_text_so_far(rank, data, tmp_path
     policy, judge = folders(data, tmp_path)
     how = PPOStage(value="separate", value_from="reward")
     folder = critic.source_of((f"{tmp_path / 'judge'}*0.5",), how)
-    source = critic.load(folder, Compute(), policy)
+    source = critic.load(folder, Compute(), policy, 8)
     assert "score" not in source.params
     _, whole = started(LoRA(rank=rank), policy.params, source.params)
     tokens = jax.random.randint(jax.random.key(3), (2, 5), 2, 200)
@@ -282,12 +282,14 @@ def test_what_a_value_model_cannot_start_from(data, tmp_path):
     assert critic.source_of((), PPOStage(value="separate")) is None
     plain = replace(separate, value_from=str(tmp_path / "policy"))
     folder = critic.source_of((), plain)
-    source = critic.load(folder, Compute(), policy)
+    source = critic.load(folder, Compute(), policy, 8)
     _, whole = started(LoRA(), policy.params, source.params)
     assert not np.any(whole.params["value"]["value"]["kernel"])  # a head of zeros
     other = policy._replace(tokenizer=characters(["abc"]))
     with pytest.raises(UserError, match="its tokenizer is not the policy's"):
-        critic.load(folder, Compute(), other)
+        critic.load(folder, Compute(), other, 8)
+    with pytest.raises(UserError, match=r"value_from .*policy: it reads 128 tokens; .* now 129"):
+        critic.load(folder, Compute(), policy, 129)
     with pytest.raises(ValueError, match="value_from reward: a shared value function has"):
         PPOStage(value_from="reward")
     found = inputs.files(sources_of(RunConfig()), RLStage(), plain)
@@ -320,3 +322,22 @@ def test_the_schedule_plateau_lowers_both_learning_rates():
     updates, _ = optimizer.update(PARAMS, state, PARAMS)
     assert updates["policy"]["h_0"]["bias"] == pytest.approx(-0.1, abs=1e-4)
     assert updates["value"]["h_0"]["bias"] == pytest.approx(-0.01, abs=1e-5)
+
+
+def test_a_run_refuses_a_value_model_that_reads_less_than_a_prompt_and_its_answer(data, tmp_path):
+    policy, judge = folders(data, tmp_path)
+    short = models.build(replace(judge.model.config, max_length=40))
+    wpe = {"embedding": judge.params["wpe"]["embedding"][:40]}
+    models.save(tmp_path / "judge", short, judge.params | {"wpe": wpe})
+    (tmp_path / "prompts.txt").write_text("milk\n" * 8)
+    width = len(policy.tokenizer.encode("milk"))
+    config = RunConfig(
+        output_dir=str(tmp_path / "run"),
+        model=str(tmp_path / "policy"),
+        data=(str(tmp_path / "prompts.txt"),),
+        reward=("length",),
+        rl=RLStage(max_new_tokens=41 - width, num_iterations=1, batch_size=4),
+        ppo=PPOStage(value="separate", value_from=str(tmp_path / "judge")),
+    )
+    with pytest.raises(UserError, match=r"value_from .*judge: it reads 40 tokens; .* now 41"):
+        run_ppo(config)

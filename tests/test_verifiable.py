@@ -17,7 +17,7 @@ from rlhf_jax.data import check as checks
 from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.graders import answers, selftest, verifiable
 from rlhf_jax.graders.verifiable import Settings
-from rlhf_jax.graders.worker import Worker
+from rlhf_jax.graders.worker import Ended, Worker
 from rlhf_jax.runs import reading
 from rlhf_jax.training import rl
 from rlhf_jax.training.common import initial
@@ -559,3 +559,41 @@ def test_a_run_records_what_the_answers_are(config, write):
     parts = {f"reward/math{part}" for part in ("", "/unreadable", "/repeats_prompt", "/one_answer")}
     assert parts <= rows[-1].keys()
     assert "form: number" in (Path(result.folder) / "config.yaml").read_text()
+
+
+LONG = "9" * 5000
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"gcd/{LONG}/0",
+        f"gcd/0/{LONG}",
+        LONG,
+        int("9" * 4000) ** 2,
+        "gcd/0/\u0663",
+        "gcd/-1/0",
+        "gcd/0/0\n",
+        "gcd/4295/0",
+        "gcd//0",
+        None,
+        ["gcd/0/0"],
+        1e308,
+    ],
+    ids=lambda name: f"{type(name).__name__}-{name!s:.12}" if isinstance(name, str) else "other",
+)
+def test_what_names_no_row_of_a_gym_is_refused_with_its_prompt(name, monkeypatch):
+    """Of a name, reasoning-gym makes an int; of a seed of 2^32 NumPy makes an error."""
+
+    class Gym:
+        def ask(self, question, seconds):
+            if question != ["gcd/4295/0"]:
+                [_, seed, number] = question[0].split("/")
+                pytest.fail(f"a row of seed {int(seed)} and number {int(number)}")
+            raise Ended
+
+    monkeypatch.setattr(verifiable, "_gym", Gym())
+    monkeypatch.setattr(verifiable, "gym_rows", lambda task: [])
+    with pytest.raises(UserError, match=r"'How many\?' has .* `rlhf-jax data gym gcd`") as refused:
+        verifiable.gym("gcd")(["How many?"], ["1"], [name])
+    assert len(str(refused.value)) < 300

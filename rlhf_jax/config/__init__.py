@@ -32,7 +32,7 @@ from rlhf_jax.config.settings import (
     Tokenizer,
 )
 from rlhf_jax.config.sources import DataSource, ModelSource, data_source, model_source
-from rlhf_jax.config.trust import check_trusted, shipped
+from rlhf_jax.config.trust import check_trusted, recorded, shipped
 from rlhf_jax.config.yaml_files import read, to_dict, to_yaml
 from rlhf_jax.graders.service import Judge
 
@@ -67,6 +67,7 @@ __all__ = [
     "model_source",
     "parse",
     "read",
+    "recorded",
     "section_name",
     "shipped",
     "to_dict",

@@ -454,7 +454,7 @@ class RLStage(Reference):
     """Texts such as "\\n\\nHuman:" that end a response: what is sampled after one is masked."""
     stop_after: CountOrZero = 0
     """Tokens at the beginning of a response in which no text of `stop` ends it."""
-    temperature: Positive = 1.0
+    temperature: Annotated[float, partial(check_number, above=0, below=math.inf)] = 1.0
     """Sampling temperature, used in every log-probability of the algorithm too."""
     top_k: Count | None = None
     """Sample among the k likeliest tokens; null: all. Every log-probability of the algorithm is

@@ -1,13 +1,18 @@
-"""Configs that come with the package, and what the configs of others may not name."""
+"""Configs that come with the package, and the configs of others: what they may not name, and what
+other commands read of them.
+"""
 
 import os
 import re
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from rlhf_jax.config.settings import Compute, RLStage, Text
 from rlhf_jax.config.yaml_files import Values
 from rlhf_jax.errors import UserError
-from rlhf_jax.runs import keeping
+from rlhf_jax.runs import keeping, reading
 
 # Settings that are texts, and name nothing outside the program.
 _TEXTS = {"columns", "alerts", "keep_best", "template", "stop", "patterns", "replacement", "match"}
@@ -56,6 +61,34 @@ def check_trusted(given: Values, run: Path | None = None) -> None:
             "type as flags needs no trust; if the file is yours, or you have read it, give "
             "--trust-config"
         )
+
+
+_SAMPLING = ["max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop"]
+_READ: dict[str, tuple[type, list[str]]] = {
+    "compute": (Compute, ["dtype"]),
+    "text": (Text, ["template", "special_tokens"]),
+    "rl": (RLStage, [*_SAMPLING, "environment", "max_turns"]),
+}
+
+
+def recorded(folder: str) -> dict[str, Any]:
+    """{dotted key: value} of what other commands read of the config.yaml of a run, given the run or
+    its ``model/``; for other models its ``reward`` is empty and nothing else there.
+
+    Raises:
+        UserError: names the file and the key of a value that no run has.
+    """
+    file = reading.settings_file(folder)
+    settings = reading.read_yaml(file, reading.Settings) if file.is_file() else {}
+    found = {"reward": settings.get("reward", [])}
+    for section, (kind, keys) in _READ.items():
+        given = {key: value for key, value in settings.get(section, {}).items() if key in keys}
+        wrong = reading.misfit(given, kind).removeprefix("it: ")
+        if wrong:
+            raise UserError(f"{file}: {section}: {wrong}")
+        values = vars(msgspec.convert(given, kind))
+        found |= {f"{section}.{key}": values[key] for key in given}
+    return found
 
 
 def _harm(key: str, value: Any, config: Path, run: Path | None) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 
 from rlhf_jax import models, ops, rewards
-from rlhf_jax.config import Compute, RLStage
+from rlhf_jax.config import Compute, RLStage, recorded
 from rlhf_jax.data import batches, chat, encoding, rows
 from rlhf_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rlhf_jax.errors import TrainingFault, UserError, logger
@@ -26,8 +26,6 @@ from rlhf_jax.generation.environment import Environment, function_of, load_envir
 from rlhf_jax.graders import spec
 from rlhf_jax.graders.service import Judge, Services
 from rlhf_jax.models import hf
-from rlhf_jax.runs.manifest import dotted
-from rlhf_jax.runs.reading import settings_of
 from rlhf_jax.training.common import initial, reward_models
 from rlhf_jax.training.common.opening import stream_key
 from rlhf_jax.training.supervised import scoring
@@ -64,7 +62,7 @@ class Bench(NamedTuple):
 
 def load(folder: str, config: Config) -> Policy:
     """The policy in a run's or model's folder, or of a Hugging Face name."""
-    trained = dotted(settings_of(folder))
+    trained = recorded(folder)
     source = hf.model_folder(folder)
     member = str(next(iter(spec.members(source)), source))
     compute = Compute(dtype=trained.get("compute.dtype", "float32"))
@@ -78,13 +76,16 @@ def load(folder: str, config: Config) -> Policy:
     return Policy(folder, model, params, tokenizer, template, slots, "score" in params, stop)
 
 
-def open_bench(policy: Policy, config: Config, columns: Collection[str] = ()) -> Bench:
+def open_bench(
+    policy: Policy, config: Config, columns: Collection[str] = (), scores: Sequence[str] = ()
+) -> Bench:
     """The policy with the reward model of ``config.reward_model``, if it names one, and with the
     environment of ``config.environment``.
 
     columns: those of all prompts, which a Python function in place of a reward model may read.
+    scores: entries that judge the same answers, each for a category.
     """
-    positions = policy.model.config.max_length
+    positions = min([policy.model.config.max_length, *map(judge_positions, scores)])
     reward = None
     judge = policy.folder if policy.is_judge else config.reward_model
     if judge is not None:
@@ -92,7 +93,6 @@ def open_bench(policy: Policy, config: Config, columns: Collection[str] = ()) ->
         if policy.is_judge and spec.members(entry):
             entry = f"mean:{entry}"
         check_template(policy, judge, config)
-        reward = reward_of(entry, policy, columns, "--reward-model", config)
         limit = judge_positions(entry)
         if limit < positions:
             positions = limit
@@ -100,7 +100,8 @@ def open_bench(policy: Policy, config: Config, columns: Collection[str] = ()) ->
                 f"{judge}: reads {positions} tokens, fewer than the policy; prompt and response "
                 "have to fit"
             )
-    trained = dotted(settings_of(policy.folder))
+        reward = reward_of(entry, policy, columns, "--reward-model", config, positions)
+    trained = recorded(policy.folder)
     turns = config.max_turns
     if config.environment and turns is None:
         turns = trained.get("rl.max_turns")
@@ -131,7 +132,7 @@ def judge_positions(entry: str) -> int:
 
 def check_template(policy: Policy, folder: str, config: Config) -> None:
     """Refuses a run in ``folder`` that had another template, unless ``config`` chooses one."""
-    given = dotted(settings_of(folder)).get("text.template")
+    given = recorded(folder).get("text.template")
     if given is None or config.template is not None:
         return
     model = hf.model_folder(folder)
@@ -148,18 +149,16 @@ def check_template(policy: Policy, folder: str, config: Config) -> None:
 
 
 def reward_of(
-    entry: str, policy: Policy, columns: Collection[str], flag: str, config: Config
+    entry: str, policy: Policy, columns: Collection[str], flag: str, config: Config, length: int
 ) -> spec.Reward:
-    """The reward of one entry, see ``spec.build_reward``; errors name the setting ``flag``."""
-    known = policy.tokenizer.fingerprint
-    in_chat = chat.frame(policy.template, policy.tokenizer) is None
+    """The reward of one entry for texts of at most ``length`` tokens, see ``spec.build_reward``;
+    errors name the setting ``flag``.
+    """
     judge = Judge(url=config.judge_url, model=config.judge_model)
     return spec.build_reward(
         (entry,),
         tokenizer=policy.tokenizer,
-        load=functools.partial(
-            reward_models.load_reward_model, compute=Compute(), policy=known, in_chat=in_chat
-        ),
+        load=reward_models.for_texts_of(policy.tokenizer, policy.template, length),
         columns=columns,
         flag=flag,
         services=Services(judge, Path(config.output or policy.folder) / "judge"),

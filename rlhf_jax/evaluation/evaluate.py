@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf_jax.config import check_trusted
+from rlhf_jax.config import check_trusted, recorded
 from rlhf_jax.data import chat, encoding
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError, file_errors, is_hub_name, logger, no_folder
@@ -30,7 +30,7 @@ from rlhf_jax.graders import spec
 from rlhf_jax.models import hf
 from rlhf_jax.report import records
 from rlhf_jax.runs import devices, manifest, writing
-from rlhf_jax.runs.reading import settings_file, settings_of
+from rlhf_jax.runs.reading import settings_file
 from rlhf_jax.training.common.setup import enable_compilation_cache
 from rlhf_jax.training.supervised import scoring
 
@@ -102,7 +102,9 @@ def run(folder: str | Path, config: Config) -> Result:
     sets, categories = data.read(config, chat.template_of(policy.tokenizer, policy.template))
     # Those that each set has. Rows of given answers, which are scored too, have none.
     columns = [{name for row in read.rows for name in row.columns} for read in sets.values()]
-    opened = bench.open_bench(policy, config, set.intersection(*columns) if columns else set())
+    in_all = set.intersection(*columns) if columns else set()
+    scores = [custom.score for custom in categories.values() if custom.score]
+    opened = bench.open_bench(policy, config, in_all, scores)
     pairs = {}
     answers = {}
     left_out = {}
@@ -169,7 +171,7 @@ def _with_judge(policy: Policy, config: Config) -> Config:
             f"--preferences and --annotated, not by {', '.join(given)}; or give a policy, and this "
             "as its --reward-model"
         )
-    entries = settings_of(policy.folder).get("reward", [])
+    entries = recorded(policy.folder).get("reward", [])
     if config.reward_model is None and len(entries) == 1 and not policy.is_judge:
         kind, names = spec.named(entries[0])
         models = map(Path, map(hf.model_folder, names))
@@ -246,7 +248,8 @@ def _figures(
             yield from measures.of_responses(own.responses, "helpfulness", name=name)
         elif custom.score is not None:
             flag = f"{config.categories}: {name}.score"
-            judge = bench.reward_of(custom.score, opened.policy, own.columns, flag, config)
+            asked = (custom.score, opened.policy, own.columns, flag, config, opened.positions)
+            judge = bench.reward_of(*asked)
             by_row = bench.score(judge, own.rollout, own.columns, config.batch_size)
             values = by_row.reshape(own.responses.lengths.shape)
             yield measures.mean(name, "score", values, note=custom.score)

@@ -242,10 +242,12 @@ class LanguageModel(NamedTuple):
         conversations: Sequence[Sequence[Message]],
         responses: Sequence[str],
         batch_size: int = 64,
+        length: int = 0,
     ) -> np.ndarray:
         """[N] float32 scores, by a reward model, of responses to conversations, both texts:
         `encoding.answered_ids`, ``batch_size`` of similar length at a time. A model of others
         reads all that its chat template writes, one of ours up to the end of the answer.
+        ``length``, for the error: of the policy's tokens that a text may have.
 
         Raises:
             UserError: naming the text: it has more tokens than the model reads, or spells a special
@@ -258,9 +260,10 @@ class LanguageModel(NamedTuple):
             where = f"text {number}, {conversation.text_of(messages[-1])[:40]!r}"
             ids = encoding.answered_ids(messages, response, self.tokenizer, where, ends)
             if len(ids) > limit:
+                now = f", now {length} of the policy's tokens" if length else ""
                 raise UserError(
                     f"{where}: prompt and response are {len(ids)} tokens of the reward model's "
-                    f"tokenizer, and it reads {limit}; shorten them, as by rl.max_new_tokens"
+                    f"tokenizer, and it reads {limit}; shorten them, as by rl.max_new_tokens{now}"
                 )
             rows.append(ids)
         return self.score_ids(rows, batch_size)
@@ -416,7 +419,11 @@ class Generator:
                 )
             self._reads_texts = self._judge.tokenizer.fingerprint != self.tokenizer.fingerprint
             if not self._reads_texts:
-                positions = min(positions, self._judge.model.config.max_length)
+                self._closing = self._judge.closing(
+                    chat.frame(self.template, self.tokenizer) is None
+                )
+                reads = self._judge.model.config.max_length - len(self._closing)
+                positions = min(positions, reads)
             elif self._environment is not None:
                 raise UserError(f"{reward_model}: {SINGLE_TURN}")
         if max_new_tokens >= positions:
@@ -467,9 +474,7 @@ class Generator:
             talks = [row.conversation or () for row in rows for _ in range(num_samples)]
             scores = self._judge.score_texts(talks, texts, self.batch_size)
         elif self._judge is not None:
-            in_chat = chat.frame(self.template, self.tokenizer) is None
-            ends = self.tokenizer.eos_ids
-            scorer = _scorer(self._judge.model, self._judge.closing(in_chat), ends)
+            scorer = _scorer(self._judge.model, self._closing, self.tokenizer.eos_ids)
             score = functools.partial(scorer, self._judge.params)
             scores = _by_length(score, self.batch_size, rollout.tokens, rollout.attention_mask)
         return Generations(

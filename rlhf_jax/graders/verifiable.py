@@ -99,12 +99,16 @@ def gym(task: str) -> Reward:
     gym_rows(task)
 
     def score(prompt: str, response: str, name: Any) -> float:
-        if not re.fullmatch(rf"{task}/\d+/\d+", str(name)):
+        named = name if isinstance(name, str) else type(name).__name__
+        try:  # made before the seconds of the verifier begin
+            if not re.fullmatch(rf"{task}/[0-9]{{1,9}}/[0-9]{{1,9}}", named):
+                raise Ended
+            _gym.ask([named], ROW_SECONDS)
+        except Ended:
             raise UserError(
-                f"gym:{task}: the prompt {prompt!r:.200} has {name!r:.80} in the column gym, not a "
-                f"row of this task; write the rows with `rlhf-jax data gym {task}`"
-            )
-        _gym.ask([name], ROW_SECONDS)  # made before the seconds of the verifier begin
+                f"gym:{task}: the prompt {prompt!r:.200} has {named!r:.80} in the column gym, of "
+                f"which no row of this task is made; write the rows with `rlhf-jax data gym {task}`"
+            ) from None
         text = answers.after_thoughts(response, prompt)
         for place in ("tags", "boxed"):
             text = (answers.find(text, "words", place) or Found(text.strip(), False)).text

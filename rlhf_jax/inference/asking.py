@@ -3,12 +3,11 @@ it.
 """
 
 import dataclasses
-import functools
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf_jax.config import Compute, Json
+from rlhf_jax.config import Compute, Json, recorded
 from rlhf_jax.data import chat, formats
 from rlhf_jax.data.rows import Message, Row
 from rlhf_jax.data.tokenizers import Tokenizer
@@ -18,8 +17,6 @@ from rlhf_jax.generation.generator import Generator, default_slots
 from rlhf_jax.graders import spec
 from rlhf_jax.models import hf
 from rlhf_jax.runs import devices, manifest, reading
-from rlhf_jax.runs.manifest import dotted
-from rlhf_jax.runs.reading import settings_of
 from rlhf_jax.training.common import initial, reward_models
 from rlhf_jax.training.common.setup import enable_compilation_cache
 
@@ -97,7 +94,7 @@ def open_policy(
     Raises:
         UserError: as ``Generator``.
     """
-    trained = dotted(settings_of(folder))
+    trained = recorded(folder)
     source = hf.model_folder(folder)
     network = hf.read_config(hf.find_folder(source))
     dtype = settings.dtype or trained.get("compute.dtype", "float32")
@@ -144,8 +141,8 @@ def as_given(row: Row, tokenizer: Tokenizer) -> str | list[Message]:
 
 def reward_of(entries: Sequence[str], policy: Generator, columns: Collection[str]) -> spec.Reward:
     """The reward of ``--reward`` entries. ``columns``: those of the prompts."""
-    in_chat = chat.frame(policy.template, policy.tokenizer) is None
-    load = functools.partial(reward_models.load_reward_model, compute=Compute(), in_chat=in_chat)
+    length = policy.room + policy.config.max_new_tokens
+    load = reward_models.for_texts_of(policy.tokenizer, policy.template, length)
     return spec.build_reward(entries, tokenizer=policy.tokenizer, load=load, columns=columns)
 
 

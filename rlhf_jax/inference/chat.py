@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf_jax.config import check_trusted
+from rlhf_jax.config import check_trusted, recorded
 from rlhf_jax.data import chat, encoding
 from rlhf_jax.data.rows import Message, Row, Text
 from rlhf_jax.errors import UserError
@@ -22,7 +22,7 @@ from rlhf_jax.generation import stops
 from rlhf_jax.generation.generator import Generator
 from rlhf_jax.graders import spec
 from rlhf_jax.inference import asking
-from rlhf_jax.runs.reading import settings_file, settings_of
+from rlhf_jax.runs.reading import settings_file
 from rlhf_jax.types import Rollout
 
 HELP = """\
@@ -163,7 +163,7 @@ def run(folder: str, config: Config, lines: Iterable[str], console: Console) -> 
 
 def _own_reward(folder: str, console: Console) -> tuple[str, ...]:
     """The reward of the run's config.yaml; none if it names code or a URL that may be another's."""
-    entries = tuple(settings_of(folder).get("reward", ()))
+    entries = tuple(recorded(folder).get("reward", ()))
     file = settings_file(folder)
     try:
         check_trusted({"reward": (entries, str(file))}, file.parent)

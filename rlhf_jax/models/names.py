@@ -226,14 +226,37 @@ def _read_two_kinds(keys: dict[str, Any], defaults: ModelConfig) -> None:
     types = keys.get("layer_types")
     if isinstance(types, list):
         keys["sliding_window_pattern"] = [*types, full].index(full) + 1
-    rope = keys.get("rope_parameters")
     local_theta = getattr(defaults, "local_rope_theta", None)
-    if isinstance(rope, dict) and full in rope and local_theta is not None:
-        local = rope.get(sliding) or {}
-        if not isinstance(local, dict) or local.get("rope_type", "default") != "default":
-            raise ValueError(f"rope_parameters.{sliding} is {local!r}, which is not supported")
-        keys["rope_parameters"] = rope[full]
-        keys["rope_local_base_freq"] = local.get("rope_theta", local_theta)
+    if local_theta is None:
+        return
+    ropes = keys.pop("rope_parameters", None) or {}
+    if not isinstance(ropes, dict) or (ropes and not ropes.keys() & set(_KINDS)):
+        raise ValueError(f"rope_parameters is {ropes!r}, expected objects for {full} and {sliding}")
+    whole = _rope_object(f"rope_parameters.{full}", ropes.get(full))
+    local = _rope_object(f"rope_parameters.{sliding}", ropes.get(sliding))
+    scaling = _rope_object("rope_scaling", keys.get("rope_scaling"))
+    if _rope_type(local) != "default":
+        raise ValueError(f"rope_parameters.{sliding} is {local!r}, which is not supported")
+    keys["rope_scaling"] = {**(whole or {"rope_type": "default"}), **scaling}
+    outer = keys.get("rope_local_base_freq", local_theta)
+    keys["rope_local_base_freq"] = local.get("rope_theta", outer)
+
+
+def _rope_object(where: str, rope: Any) -> dict[str, Any]:
+    """The object of a rope, none if it is empty."""
+    rope = rope or {}
+    if not isinstance(rope, dict) or any(kind in rope for kind in _KINDS):
+        raise ValueError(f"{where} is {rope!r}, expected an object for all layers")
+    return rope
+
+
+def _rope_type(rope: Mapping[str, Any]) -> str:
+    """The rope_type, which transformers 4 called type."""
+    named = [str(rope[key]) for key in ("rope_type", "type") if key in rope]
+    kinds = {_OLD_ROPES.get(kind, kind) for kind in named}
+    if len(kinds) > 1:
+        raise ValueError(f"rope_type and type differ: {' and '.join(named)}; give the former alone")
+    return kinds.pop() if kinds else "default"
 
 
 def _read_rope(keys: dict[str, Any], max_length: int, family: Family) -> dict[str, Any]:
@@ -242,31 +265,36 @@ def _read_rope(keys: dict[str, Any], max_length: int, family: Family) -> dict[st
     fraction_key = family.keys.get("rotary_fraction", "partial_rotary_factor")
     theta = keys.pop(family.keys.get("rope_theta", "rope_theta"), None)
     fraction = keys.pop(fraction_key, None)
-    scaling = keys.pop("rope_scaling", None)
-    given = keys.pop("rope_parameters", None) or scaling or {}
-    if not isinstance(given, dict) or any(kind in given for kind in _KINDS):
-        raise ValueError(
-            f"rope_parameters or rope_scaling is {given!r}, expected an object for all layers"
-        )
+    is_given = keys.get("rope_parameters") is not None or bool(keys.get("rope_scaling"))
+    parameters = _rope_object("rope_parameters", keys.pop("rope_parameters", None))
+    scaling = _rope_object("rope_scaling", keys.pop("rope_scaling", None))
+    given = scaling or parameters  # as transformers does: one replaces the other
     rope = {
         "rope_theta": defaults.rope_theta if theta is None else theta,
         "original_max_position_embeddings": max_length,
         "partial_rotary_factor": defaults.rotary_fraction if fraction is None else fraction,
         **given,
     }
-    kind = str(rope.get("rope_type", rope.get("type", "default")))
-    kind = _OLD_ROPES.get(kind, kind)
+    kind = _rope_type(rope)
     if kind not in _ROPES:
         raise ValueError(f"rope_type is {kind!r}; the supported ones are: {', '.join(_ROPES)}")
     for key in ("rope_theta", "partial_rotary_factor"):
         if not is_number(rope[key]):
             raise ValueError(f"{key} is {rope[key]!r}, expected a number")
+        if key not in given and parameters.get(key, rope[key]) != rope[key]:
+            raise ValueError(
+                f"rope_scaling replaces rope_parameters, whose {key} {parameters[key]!r} is lost: "
+                f"give rope_scaling a {key}, or remove one of the two"
+            )
+    has_theta = theta is not None or "rope_theta" in given
+    if defaults.rope_scaling is not None and is_given != has_theta:
+        raise ValueError("rope_theta and rope_parameters need each other: give both, or none")
     fields = {"rope_theta": float(rope["rope_theta"])}
     if "rotary_fraction" in vars(defaults):
         fields["rotary_fraction"] = float(rope["partial_rotary_factor"])
     elif rope["partial_rotary_factor"] != 1.0:
         raise ValueError("partial_rotary_factor changes the logits and is not supported")
-    if not given and defaults.rope_scaling is not None:
+    if not is_given and defaults.rope_scaling is not None:
         return {**fields, "rope_scaling": defaults.rope_scaling}
     if kind == "longrope":
         return {**fields, **_read_longrope(keys, rope, max_length)}

@@ -34,17 +34,20 @@ CONFIG = ADAPTER_CONFIG
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
-# PEFT computes something else than x W + scale (x A) B with one scale for all, unless these keys
-# are empty or "none".
-_OTHER_KINDS = (
-    "use_dora",
-    "use_qalora",
-    "alpha_pattern",
-    "layer_replication",
-    "lora_bias",
-    "bias",
-    "trainable_token_indices",
-)
+# Keys of adapter_config.json that are read, or that leave what an adapter computes as it is. Every
+# other key asks for something else, now or in a later PEFT, unless it is empty or "none".
+_KEYS = {
+    *("peft_type", "lora_alpha", "use_rslora", "init_lora_weights"),
+    *("r", "rank_pattern"),  # alpha is divided by the rank of each module's tensors
+    # The tensors say which modules have adapters or are saved whole.
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("modules_to_save", "ensure_weight_tying"),
+    *("lora_dropout", "fan_in_fan_out"),  # of training, and of the base's kernels
+    *("task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
+    # Read only beside init_lora_weights of their names, megatron_config or use_qalora.
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    *("megatron_core", "qalora_group_size", "peft_version"),
+}
 _MERGE = (
     "let PEFT merge the adapter, model.merge_and_unload().save_pretrained(FOLDER), and give FOLDER"
 )
@@ -160,6 +163,10 @@ def _read_pair(
     rank = stored[0] if stored else 0
     if not rank:
         raise UserError(f"{reader.source}: {first} has shape {list(stored)}, so no rank")
+    if rank != config.get("r", rank) and not config.get("rank_pattern"):
+        raise UserError(
+            f"{reader.source}: {first} is of rank {rank}, but r of {CONFIG} is {config['r']!r}"
+        )
 
     def read(letter: str, shape: Shape) -> Array:
         transposed = (math.prod(shape[1:]), shape[0])
@@ -198,10 +205,13 @@ def _read_config(file: Path) -> dict[str, Any]:
     config = read_json(file)
     if config.get("peft_type") != "LORA":
         raise UserError(f"{file}: peft_type is {config.get('peft_type')!r}, and only LORA is read")
-    for key in _OTHER_KINDS:
-        value = config.get(key)
+    for key in sorted(config.keys() - _KEYS):
+        value = config[key]
         if value and value != "none":
-            raise UserError(f"{file}: {key} is {value!r}: such adapters are not supported")
+            raise UserError(
+                f"{file}: {key} is {value!r:.100}: only plain LoRA is read; where PEFT can, "
+                f"{_MERGE}"
+            )
     start = config.get("init_lora_weights")
     if start not in _STARTS:
         raise UserError(

@@ -76,10 +76,6 @@ class Manifest(_Start, total=False):
     rows: RowCounts
 
 
-class _Compute(TypedDict, total=False):
-    dtype: str
-
-
 class _Optimizer(TypedDict, total=False):
     learning_rate: Number | None
 
@@ -91,16 +87,6 @@ class _Stage(TypedDict, total=False):
 class _Rl(_Stage, total=False):
     batch_size: int
     kl_target: Number | None
-    max_new_tokens: int
-    temperature: float
-    top_k: int | None
-    top_p: Number | None
-    min_p: Number | None
-    stop: list[str]
-
-
-class _Text(TypedDict, total=False):
-    template: str
 
 
 class Settings(TypedDict, total=False):
@@ -108,14 +94,14 @@ class Settings(TypedDict, total=False):
 
     model: str | None
     output_dir: str | None
-    compute: _Compute
+    compute: Row
     sft: _Stage
     reward_model: _Stage
     dpo: _Stage
     kto: _Stage
     rl: _Rl
     reward: list[str]
-    text: _Text
+    text: Row
 
 
 class _Figure(TypedDict, total=False):
@@ -246,12 +232,6 @@ def settings_file(folder: str) -> Path:
     if place.name == "model" and not (place / "config.yaml").is_file():
         place = place.parent
     return place / "config.yaml"
-
-
-def settings_of(folder: str) -> Row:
-    """config.yaml of a run, given the run or its ``model/``; empty for other models."""
-    file = settings_file(folder)
-    return read_yaml(file, Settings) if file.is_file() else {}
 
 
 def is_plain(value: Any) -> bool:

@@ -53,6 +53,16 @@ def by_depth(compute: Compute, layers: int) -> Compute:
     return dataclasses.replace(compute, scan_layers=layers >= DEEP)
 
 
+def check_positions(what: str, model: models.Model, length: int, closing: int = 0) -> None:
+    """Raises UserError if a model, ``what``, reads fewer tokens than ``length`` and ``closing``."""
+    reads = model.config.max_length - closing
+    if reads < length:
+        raise UserError(
+            f"{what} reads {reads} tokens; shorten prompt and response (rl.max_prompt_length, "
+            f"rl.max_new_tokens), now {length}"
+        )
+
+
 def bucket_multiple(text: Text, *, layers: int, longest: int, num_steps: int = 0) -> int:
     """The multiple to which rows are padded: ``text.bucket_multiple``, or more for a deep model.
 

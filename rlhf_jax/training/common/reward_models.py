@@ -6,13 +6,13 @@ import numpy as np
 
 from rlhf_jax import models, policies, rewards
 from rlhf_jax.config import Compute
-from rlhf_jax.data import formats, tokenizers
+from rlhf_jax.data import chat, formats, tokenizers
 from rlhf_jax.errors import UserError
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.graders import spec
 from rlhf_jax.models import hf
 from rlhf_jax.training.common import layout
-from rlhf_jax.training.common.initial import compute_options
+from rlhf_jax.training.common.initial import check_positions, compute_options
 from rlhf_jax.types import ScoreFn
 
 TEXTS_AT_ONCE = 64  # batch size of a reward model that reads texts, without compute.score_rows
@@ -55,13 +55,10 @@ def load_reward_model(
             f"{source}: a model that scores steps needs the tokenizer of the policy, not another"
         )
     closing = loaded.closing(in_chat)
-    reads = model.config.max_length - len(closing)
-    if reads < length and not reads_texts:
-        raise UserError(
-            f"{source}: this reward model reads {reads} tokens; shorten prompt and response, now "
-            f"{length}"
-        )
-    score_texts = functools.partial(loaded.score_texts, batch_size=score_rows or TEXTS_AT_ONCE)
+    if not reads_texts:
+        check_positions(f"{source}: this reward model", model, length, len(closing))
+    at_once = score_rows or TEXTS_AT_ONCE
+    score_texts = functools.partial(loaded.score_texts, batch_size=at_once, length=length)
     if scores_steps:
         at_tokens = models.score_fn(model, one_text=True, at_tokens=True)
         texts = (tokenizer.decode([token]) for token in range(tokenizer.vocab_size))
@@ -77,6 +74,13 @@ def load_reward_model(
         in_groups = functools.partial(scorer_of_groups, model, score_rows=score_rows)
     score_fn = policies.by_rows(score_fn, score_rows)
     return spec.RewardModel(score_fn, params, own, score_texts, in_groups)
+
+
+def for_texts_of(tokenizer: tokenizers.Tokenizer, template: str, length: int) -> spec.Load:
+    """``load_reward_model`` for prompts and responses of at most ``length`` tokens of a policy."""
+    in_chat = chat.frame(template, tokenizer) is None
+    load = functools.partial(load_reward_model, compute=Compute(), length=length)
+    return functools.partial(load, policy=tokenizer.fingerprint, in_chat=in_chat)
 
 
 def scorer_of_groups(

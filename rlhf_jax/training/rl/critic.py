@@ -43,7 +43,7 @@ def source_of(reward: Sequence[str], critic: AlgorithmConfig) -> str | None:
 
 
 def load(
-    source: str, compute: Compute, policy: LanguageModel, place: layout.Place = None
+    source: str, compute: Compute, policy: LanguageModel, length: int, place: layout.Place = None
 ) -> LanguageModel:
     """The model of ``value_from`` with a value head, for a value model that starts from it.
 
@@ -52,10 +52,12 @@ def load(
 
     Args:
         source: as ``source_of`` gives it.
+        length: of the longest prompt with its response, in tokens.
         place: as ``layout.placement`` gives it.
 
     Raises:
-        UserError: the folder cannot be read, or has another tokenizer than the policy.
+        UserError: the folder cannot be read, or has another tokenizer than the policy or fewer
+            positions than ``length``.
     """
     loaded = initial.load_language_model(model_folder(source), compute, place)
     if loaded.tokenizer.fingerprint != policy.tokenizer.fingerprint:
@@ -63,6 +65,7 @@ def load(
             f"value_from {source}: its tokenizer is not the policy's, and a value model reads "
             "the policy's tokens; give a model with the same tokenizer"
         )
+    initial.check_positions(f"value_from {source}: it", loaded.model, length)
     params = dict(loaded.params)
     head = params.pop("score", None)
     begins = "a head of zeros"

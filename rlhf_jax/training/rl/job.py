@@ -165,7 +165,8 @@ def open_job(
         if method.value_source is not None:
             from rlhf_jax.training.rl import critic
 
-            where = (config.compute, inputs.initial, run.layout.placement)
+            length = inputs.prompts.tokens.shape[1] + settings.max_new_tokens
+            where = (config.compute, inputs.initial, length, run.layout.placement)
             source = critic.load(method.value_source, *where)
         networks = networks_of(run, inputs.initial, method, source, inputs.teacher)
         del source  # what the value model starts from is not kept

@@ -53,12 +53,7 @@ def load(
     _check_vocabulary(source, loaded, policy)
     if "score" in loaded.params:
         raise UserError(f"distill.teacher {source}: a reward model has no probabilities of tokens")
-    reads = loaded.model.config.max_length
-    if reads < length:
-        raise UserError(
-            f"distill.teacher {source}: it reads {reads} tokens; shorten prompt and response, now "
-            f"{length}"
-        )
+    initial.check_positions(f"distill.teacher {source}: it", loaded.model, length)
     return loaded._replace(params=run.layout.put(loaded.params))
 
 

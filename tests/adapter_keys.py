@@ -1,0 +1,52 @@
+"""Keys of PEFT's adapter_config.json, by what they change."""
+
+# The fields of PEFT's LoraConfig (0.21), with a value that is not its default, and keys of no PEFT.
+ADAPTER_KEYS = {
+    "alora_invocation_tokens": [3, 100],
+    "alpha_pattern": {"q_proj": 4},
+    "arrow_config": {"top_k": 3},
+    "bias": "lora_only",
+    "kasa_config": {"beta": 1e-4, "gamma": 1e-3},
+    "layer_replication": [[0, 2], [1, 2]],
+    "lora_bias": True,
+    "megatron_config": {"tensor_model_parallel_size": 2},
+    "monteclora_config": {"num_samples": 8},
+    "target_parameters": ["experts.gate_up_proj"],
+    "trainable_token_indices": [1, 2],
+    "use_bdlora": {"nblocks": 2},
+    "use_dora": True,
+    "use_qalora": True,
+    "velora_config": {"num_groups": 64},
+    "runtime_config": {"ephemeral_gpu_offload": True},
+    "gate": "sigmoid",
+    "lora_alpha_b": 3,
+    "use_dora ": True,
+    "Bias": "all",
+    "nothing": [0],
+}
+# tests/test_lora_parity.py has them against PEFT.
+HARMLESS_KEYS = {
+    "auto_mapping": {"base_model_class": "LlamaForCausalLM", "unsloth_fixed": True},
+    "base_model_name_or_path": "some/base",
+    "corda_config": {"corda_method": "ipm"},
+    "ensure_weight_tying": True,
+    "eva_config": {"rho": 2.0},
+    "exclude_modules": ["v_proj"],
+    "fan_in_fan_out": True,
+    "inference_mode": True,
+    "init_lora_weights": "gaussian",
+    "layers_pattern": "layers",
+    "layers_to_transform": [0, 1],
+    "loftq_config": {"loftq_bits": 4},
+    "lora_dropout": 0.5,
+    "lora_ga_config": {"direction": "ArBr"},
+    "megatron_core": "other.core",
+    "modules_to_save": ["norm"],
+    "peft_version": "9.0",
+    "qalora_group_size": 8,
+    "rank_pattern": {"q_proj": 2},
+    "revision": "main",
+    "target_modules": "all-linear",
+    "task_type": "CAUSAL_LM",
+}
+READ_KEYS = ("peft_type", "r", "lora_alpha", "use_rslora")
