@@ -177,8 +177,8 @@ def test_the_system_of_each_form_in_each_stage_stands_first(name, kind, key):
     assert [row.texts[1:] for row in found.rows] == [row.texts[1:] for row in without.rows]
     for read in found.rows:
         assert read.prompt.startswith("System:\nBe brief.\n\nUser:\n")
-        assert key not in read.columns
-    assert key not in found.unread
+        assert kind != "prompts" or read.columns[key] == "Be brief."  # a reward may read it
+    assert kind == "prompts" or key not in found.unread
     assert bool(found.errors) == bool(without.errors) or has_own
 
 
@@ -216,7 +216,7 @@ def test_a_system_beside_keys_of_ours(kind, row):
     ):
         [read] = parsed(kind, row | more).rows
         assert read.prompt == BRIEF
-        assert read.columns.keys() <= {"answer"}
+        assert read.columns.keys() <= {"answer", "system", "system_prompt"}
     if "messages" not in row:
         [read] = parsed(kind, row | {"system": " \n", "system_prompt": ""}).rows
         assert read.prompt in (ASKED, "Is ice warm?")
@@ -520,9 +520,11 @@ def talk(*pairs):
         (1, "User:\na\n\nAssistant:\n", ("1", "x")),
         (3, "", None),
         (0, "", None),
-        ("1", "", None),
+        ("1", "User:\na\n\nAssistant:\n", ("1", "x")),
+        (1.0, "User:\na\n\nAssistant:\n", ("1", "x")),
         (True, "", None),
-        (1.0, "", None),
+        (1.5, "", None),
+        ("one", "", None),
     ],
 )
 def test_a_vote_is_on_the_turn_that_was_judged(turn, prompt, better):
@@ -558,11 +560,11 @@ def test_a_tie_of_the_arena_is_left_out_by_count(winner):
     [
         (
             {"instruction": "p", "completions": [{"response": "a", "overall_score": None}]},
-            "completion [1]",
+            "'targets' must hold numbers, found",
         ),
         (
             {"instruction": "p", "completions": [{"response": "a", "overall_score": "N/A"}]},
-            "completion [1]",
+            "'targets' must hold numbers, found",
         ),
         (
             {"prompt": '["p"]', "response_a": '["a", "b"]', "response_b": '["c"]'}
@@ -576,13 +578,18 @@ def test_a_tie_of_the_arena_is_left_out_by_count(winner):
         ({"input": "1 Step 1: 2 ки", "label": "1 Step 1: 2 + 3"}, "each step"),
         ({"problem": "p", "steps": ["a"], "label": 1}, "'label' must be -1"),
         ({"problem": "p", "steps": ["a"], "label": -2}, "'label' must be -1"),
-        ({"problem": "p", "steps": ["a"], "label": "0"}, "'label' must be -1"),
+        ({"problem": "p", "steps": ["a"], "label": 0.5}, "'label' must be -1"),
+        ({"problem": "p", "steps": ["a"], "label": True}, "'label' must be -1"),
         ({"query": "q", "answers": "weather()", "tools": "[]"}, "not JSON"),
     ],
 )
 def test_values_that_a_form_cannot_have_get_a_sentence(row, said):
-    for kind in ("comparisons", "solutions"):
+    for kind in (
+        ("comparisons", "solutions") if "overall_score" not in str(row) else ("comparisons",)
+    ):
         assert said in fault(kind, row)
+    if "instruction" in row:
+        assert texts("prompts", row) == [("p",)]
 
 
 def test_labels_of_steps():
@@ -645,3 +652,174 @@ def test_a_magpie_row_whose_parts_differ_is_refused():
     assert "fits Dolly and ShareGPT" in fault("demonstrations", row) or "fits" in fault(
         "demonstrations", row
     )
+
+
+# --- What a review found
+
+
+@pytest.mark.parametrize("other", ["Sure, here.", "No."])
+def test_a_begun_answer_that_is_repeated_is_refused(other):
+    begun = {"prompt": [ASK, says("Sure, ")]}
+    assert "leave one of the two out" in fault(
+        "demonstrations", begun | {"completion": [ASK, says(other)]}
+    )
+    pair = begun | {"chosen": [ASK, says(other)], "rejected": [ASK, YES]}
+    assert "leave one of the two out" in fault("pairs", pair)
+
+
+def test_rl_keeps_one_prompt_with_other_variables_or_tools(read):
+    row = {"prompt": "Is ice warm?", "response": "No."}
+    modes = [{"mode": "on"}, {"mode": "off"}, {"mode": "on"}]
+    rows = [row | {"chat_template_kwargs": variables} for variables in modes]
+    tools = [row | {"tools": [{"name": name}]} for name in "ab"]
+    for more, count in ((rows, 2), (tools, 2)):
+        found = parsed("prompts", *more)
+        assert len(found.rows) == count
+        assert found.dropped == ({formats.REPEATED: 1} if len(more) > count else {})
+
+
+@pytest.mark.parametrize(
+    "key",
+    "cot chain_of_thought thinking Thought deepseek_reasoning generations solutions "
+    "worked_solution r1_solution_1 full_answer Rationale explanation".split(),
+)
+def test_a_bare_answer_is_a_question_for_rl_alone(key):
+    row = {"question": "q", "answer": "2", key: "1 + 1"}
+    assert "expected keys" in fault("demonstrations", row)
+    [read] = parsed("prompts", row | {"id": 7}).rows
+    assert read.columns == {"answer": "2", key: "1 + 1", "id": 7}
+    prose = {"question": "q", "answer": "2", "note": "one and one are two of them so it is"}
+    assert "expected keys" in fault("demonstrations", prose)
+    for short in ({"note": "easy"}, {"id": "0b5ac2ad-8bd3-4a1c"}, {key: "1"}, {key: ["2"]}):
+        assert texts("demonstrations", {"question": "q", "answer": "2"} | short) == [("q", "2")]
+    listed = {"question": "q", "answer": "2", "generations": ["1 + 1", "2"]}
+    assert "expected keys" in fault("demonstrations", listed)
+
+
+def test_calls_that_the_template_leaves_out_are_refused_where_nothing_else_is_said(read):
+    calls = says("", tool_calls=[{"type": "function", "function": {"name": "f", "arguments": {}}}])
+    found = read("demonstrations", {"messages": [ASK, calls]})[2]
+    assert "writes no tool_calls" in str(found.errors[0])
+    told = read("demonstrations", {"messages": [ASK, calls | {"content": "Wait."}, ASK, NO]})[2]
+    assert told.unwritten == {"tool_calls": 1}
+
+
+@pytest.mark.parametrize("key", ["system_message", "system_instruction"])
+def test_other_names_of_the_system(key):
+    assert (
+        parsed("demonstrations", {key: "Be brief.", "messages": [ASK, NO]}).rows[0].prompt == BRIEF
+    )
+    alone = {key: "Be brief.", "response": [ASK, NO]}
+    assert parsed("demonstrations", alone).rows[0].prompt == BRIEF
+
+
+HISTORY = [["Hi", "Hello"]]
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        HISTORY,
+        json.dumps(HISTORY),
+        [user("Hi"), says("Hello")],
+        json.dumps([user("Hi"), says("Hello")]),
+    ],
+)
+def test_every_spelling_of_history(history):
+    first = "User:\nHi\n\nAssistant:\n"
+    row = {"prompt": "Is ice warm?", "history": history}
+    assert texts("prompts", row) == [(f"{first}Hello\n\n{ASKED}",)]
+    expected = [(first, "Hello"), (f"{first}Hello\n\n{ASKED}", "No.")]
+    for told in ({"response": "No."}, {"completion": [NO]}, {"prompt": [ASK], "response": [NO]}):
+        assert texts("demonstrations", row | told) == expected
+        assert parsed("demonstrations", row | told).unread == {}
+    scored = row | {"response": "No.", "score": 3}
+    assert texts("comparisons", scored) == [(f"{first}Hello\n\n{ASKED}", "No.")]
+    assert parsed("prompts", row | {"response": "No."}).rows[0].columns["response"] == "No."
+
+
+@pytest.mark.parametrize("history", [[["h"]], [["h", None]], [["a", "b", "c"]], [3], [{"q": "a"}]])
+def test_what_is_no_history_is_refused(history):
+    assert "'history' must be" in fault("prompts", {"prompt": "p", "history": history})
+
+
+def test_a_response_that_contradicts_the_messages_is_refused():
+    row = {"messages": [ASK, NO], "response": "Yes."}
+    assert "'response' is not the last answer" in fault("demonstrations", row)
+    assert texts("demonstrations", row | {"response": " No."}) == [(ASKED, "No.")]
+    assert parsed("prompts", row).rows[0].columns == {"response": "Yes."}
+
+
+@pytest.mark.parametrize("prompt", ["", "  "])
+def test_a_system_before_an_empty_prompt_is_refused(prompt):
+    row = {"system": "Be brief.", "prompt": prompt, "response": "r"}
+    assert "'prompt' is a string, and no" in fault("demonstrations", row)
+
+
+def test_a_step_by_a_person_has_the_rating_that_it_was_given():
+    place = {"completions": [], "human_completion": {"text": "c", "rating": -1}}
+    row = {"question": {"problem": "p", "ground_truth_answer": None}, "label": {"steps": [place]}}
+    assert parsed("solutions", row).rows[0].labels == (False,)
+
+
+@pytest.mark.parametrize("text", ["false", "False", "true"])
+def test_a_truth_that_is_text_is_no_variable(text):
+    row = {"messages": [ASK, NO], "chat_template_kwargs": {"enable_thinking": text}}
+    assert "enable_thinking must be true or false" in fault("demonstrations", row)
+
+
+def test_rewards_find_the_columns_under_the_names_of_their_sender():
+    for row in (
+        {"question": "q", "solution": "long", "answer": "2"},
+        {"problem": "q", "solution": "long", "answer": "2"},
+    ):
+        columns = parsed("prompts", row).rows[0].columns
+        assert (columns["solution"], columns["answer"], columns["response"]) == (
+            "long",
+            "2",
+            "long",
+        )
+        assert parsed("demonstrations", row).unread.keys() <= {"answer"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "expected"),
+    [
+        ("comparisons", {"prompt": "p", "response": "r", "score": "4.5"}, ("p", "r")),
+        ("comparisons", {"prompt": [ASK], "response": [NO], "score": 3}, (ASKED, "No.")),
+        ("solutions", {"problem": "p", "steps": ["a", "b"], "label": "-1"}, ("p", "a\n", "b")),
+        (
+            "pairs",
+            {"prompt": "p", "response_1": "a", "response_2": "b", "preference_strength": "-2"},
+            ("p", "a", "b"),
+        ),
+        ("demonstrations", EXAMPLES["s1K"] | {"text": "t"}, ("What is 1 + 2?", "<think>\nOne")),
+        (
+            "demonstrations",
+            EXAMPLES["Magpie"] | {"conversations": [ASK, says("No. ")]},
+            (ASKED, "No. "),
+        ),
+        ("prompts", {"data": ["x", "y"], "question": "q", "answer": "a"}, ("q",)),
+        (
+            "pairs",
+            {"prompt": "p", "question": "p", "chosen": "a", "rejected": "b"},
+            ("p", "a", "b"),
+        ),
+    ],
+)
+def test_spellings_of_published_rows(kind, row, expected):
+    [found] = texts(kind, row)
+    assert all(text.startswith(start) for text, start in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("steps", ["t1", '["t1"]', [], [3]])
+def test_thoughts_that_are_no_list_of_texts_are_refused(steps):
+    row = EXAMPLES["s1K"] | {"thinking_trajectories": steps}
+    assert "expected keys" in fault("demonstrations", row)
+
+
+def test_conversations_beside_plain_prompts_are_said_where_their_frames_differ():
+    plain = {"prompt": "p", "response": "r"}
+    rows = parsed("demonstrations", plain, plain | {"system": "Be brief."}).rows
+    assert "a conversation" in formats.mixed(rows)
+    assert formats.mixed(rows[:1]) == formats.mixed(rows[1:]) == formats.mixed([]) == ""

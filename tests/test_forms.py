@@ -60,6 +60,7 @@ TABLE = {
     "ShareGPT preferences": (ASKED, ["No.", "Yes."], "pair"),
     "Alpaca preferences": ("Add the numbers.\n\n1 2", ["3", "4"], "pair"),
     "Orca pairs": (BRIEF, ["No.", "Yes."], "pair"),
+    "input and pairs": (BRIEF, ["No.", "Yes."], "pair"),
     "ms-swift preferences": (ICE, ["No.", "Yes."], "pair"),
     "ms-swift messages": (ASKED, ["No.", "Yes."], "pair"),
     "ms-swift conversations": (ASKED, ["No.", "Yes."], "pair"),
@@ -96,6 +97,7 @@ TABLE = {
     "Math-Shepherd": ("1 + 2 + 3 =", ["Step 1: 1 + 2 = 3.\n", "Step 2: 3 + 3 = 7."], (True, False)),
     "ProcessBench": ("1 + 2 + 3 =", ["1 + 2 = 3.\n", "3 + 3 = 7."], (True, False)),
     "problems and answers": ("What is $1 + 2$?", [], "prompt"),
+    "questions and answers": ("What is 1 + 2?", [], "prompt"),
     "MT-Bench": ("Name a prime.", [], "prompt"),
     "verl": (chat("What is 1 + 2?"), [], "prompt"),
 }
@@ -248,7 +250,7 @@ def test_history_and_system_of_alpaca_are_turns():
     )
     roles = ["system", "user", "assistant", "user", "assistant"]
     assert [message["role"] for message in row.pop("messages")] == roles
-    assert row == {}
+    assert row == {"system": "s", "history": [["a", "b"]], "response": "d"}  # columns
     assert converted(instruction="c", output="d") == {"prompt": "c", "response": "d"}
 
 
@@ -391,7 +393,6 @@ WRONG = [
         {"prompt": "p", "response_0": "a", "response_1": "b", "better_response_id": 2},
         "the better one of two answers is 0 or 1, found 2",
     ),
-    ({"instruction": "p", "completions": [{"response": "a"}]}, "'overall_score' of completion"),
     (
         {"info": {}, "summaries": [], "choice": 0},
         "not in the form of OpenAI summaries, comparisons",
@@ -453,7 +454,7 @@ def test_known_answers_are_columns_of_prompts():
     [row] = parsed("prompts", {"question": "q", "answer": "1\n#### 2"}).rows
     assert row.columns == {"answer": "1\n#### 2", "response": "1\n#### 2"}
     [row] = parsed("prompts", {"problem": "q", "solution": "s", "answer": "2", "level": 1}).rows
-    assert row.columns == {"answer": "2", "level": 1, "response": "s"}
+    assert row.columns == {"answer": "2", "level": 1, "response": "s", "solution": "s"}
     truth = {"style": "rule", "ground_truth": "3"}
     prompt = [{"role": "user", "content": "q"}]
     [row] = parsed("prompts", {"prompt": prompt, "reward_model": truth, "ability": "math"}).rows

@@ -29,6 +29,7 @@ from rlhf_jax.data.formats import (
     framed,
     keys_read,
     load,
+    mixed,
     parse_all,
 )
 from rlhf_jax.data.rows import Fields, Kind, OnBadRow, Record, Row, Text, places, summary
@@ -184,8 +185,8 @@ def _describe(name: str, file: _File, tokenizer: Tokenizer | None) -> tuple[list
     warnings = _slips(file)
     if tokenizer is not None:
         warnings.append(spelled(rows, tokenizer))
-        if chat.frame(chat.AUTO, tokenizer) is None:
-            warnings.append(framed(rows))
+        is_chat = chat.frame(chat.AUTO, tokenizer) is None
+        warnings.append(framed(rows) if is_chat else mixed(rows))
     warnings = [f"  warning: {warning}" for warning in warnings if warning]
     lines += [*_problems(found), *warnings]
     unread = found.describe_unread(file.kind)

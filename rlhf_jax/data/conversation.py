@@ -6,6 +6,7 @@ unchanged: ``tool_calls``, ``tool_call_id``, ``name`` and ``reasoning_content``.
 ``weight`` of 0 says that its turn is not learned.
 """
 
+import contextlib
 import itertools
 import json
 from collections.abc import Sequence
@@ -22,7 +23,8 @@ VARIABLES = "chat_template_kwargs"
 # What transformers and the row itself give a template.
 _TAKEN = {"messages", "tools", "documents", "conversations", "chat_template", "tokenize"}
 _TAKEN |= {"add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask"}
-_PLACES = (("messages",), ("prompt",), ("instruction",), ("chosen", "rejected"))
+SYSTEM = ("system", "system_prompt", "system_message", "system_instruction")
+_PLACES = (("messages",), ("prompt",), ("instruction",), ("chosen", "rejected"), ("response",))
 
 
 def is_chat(row: Fields, *keys: str) -> bool:
@@ -71,38 +73,53 @@ def says(role: str, content: Any) -> Message:
 
 def begun(row: Fields) -> Fields:
     """The row with what stands before its conversation in keys of their own as its first messages:
-    the text of ``system`` or ``system_prompt``, and the questions and answers of ``history``.
+    the text of ``system`` and its other names, and the questions and answers of ``history``.
 
     Raises:
       BadRow: without a place, if they cannot stand there.
     """
-    place = next((keys for keys in _PLACES if row.keys() >= set(keys)), None)
-    if place is None:
-        return row
-    row = dict(row)
-    systems = [row.pop(key) for key in ("system", "system_prompt") if key in row]
+    place = next((keys for keys in _PLACES if row.keys() >= set(keys)), ())
+    systems = [row[key] for key in SYSTEM if key in row and place]
     before = [says("system", text) for text in dict.fromkeys(map(str, systems)) if text.strip()]
     if len(before) > 1 or not all(isinstance(text, str) for text in systems):
-        raise BadRow("", "'system' or 'system_prompt' must be one text, the system's message")
-    history = row.get("history")
-    if isinstance(history, list) and all(isinstance(pair, list) for pair in history):
-        for question, answer in row.pop("history"):
-            before += [says("user", question), says("assistant", answer)]
-    for key in place if before else ():
+        raise BadRow("", f"{' or '.join(SYSTEM[:2])} must be one text, the system's message")
+    before += _history(row.get("history")) if place else []
+    if not before:
+        return row
+    row = dict(row)
+    for key in place:
         asked = row[key]
-        if isinstance(asked, str) and len(place) == 1:
+        if isinstance(asked, str) and asked.strip() and key in ("prompt", "instruction"):
             asked = [says("user", asked)]
         if not are_turns(asked):
-            raise BadRow("", f"{key!r} must be messages behind a system's message or a history")
+            what = f"{key!r} is {rows.kind(asked)}, and no messages or question that could stand"
+            raise BadRow("", f"{what} behind a system's message or a history")
         is_twice = is_system(asked[0]) and is_system(before[0])
         if is_twice and not _same(asked[0], before[0]):
             raise BadRow("", f"'system' differs from the system's message of {key!r}")
         row[key] = [*before, *asked[is_twice:]]
-    has_history = len(before) > 1 and row.keys() >= {"prompt", "response"}
-    if has_history and "desirable" not in row and isinstance(row["response"], str):
-        # Its answers are learned too.
-        row["messages"] = [*row.pop("prompt"), says("assistant", row.pop("response"))]
+    is_demonstration = "response" in row and not row.keys() & {"desirable", "responses"}
+    if len(before) > 1 and "prompt" in place and is_demonstration:
+        told = row["response"]  # whose history is learned too
+        row["messages"] = [
+            *row.pop("prompt"),
+            *([says("assistant", told)] if isinstance(told, str) else told),
+        ]
     return row
+
+
+def _history(value: Any) -> list[Message]:
+    """Turns, or questions with their answers, which may be JSON text; any other text is none."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(value)
+    if not isinstance(value, list) or are_turns(value):
+        return value if isinstance(value, list) else []
+    told = [list(map(type, pair)) if isinstance(pair, list) else [] for pair in value]
+    if told != [[str, str]] * len(value):
+        raise BadRow("", "'history' must be a list of messages, or of questions with their answers")
+    roles = itertools.cycle(("user", "assistant"))
+    return list(map(says, roles, itertools.chain.from_iterable(value)))
 
 
 def is_system(message: Message) -> bool:
@@ -174,7 +191,8 @@ def _parts(record: Record, key: str) -> tuple[list[Message], list[Message]]:
     record.expect(is_one, f"the system's messages of 'prompt' and {key!r} differ")
     if len(turns) >= len(asks) and all(map(_same, asks, turns)):
         return [*systems[:1], *turns[: len(asks)]], turns[len(asks) :]
-    if is_answered(before) or not turns or turns[0]["role"] != "user":
+    is_asked = bool(turns) and turns[0]["role"] == "user"
+    if not is_asked or (is_answered(before) and not _same(turns[0], asks[0])):
         return [*systems[:1], *asks], turns
     is_there = isinstance(prompt, str) and any(_same(asks[0], turn) for turn in turns)
     what = f"{key!r} does not begin with 'prompt' and does not hold it; leave one of the two out"
@@ -209,6 +227,9 @@ def written(record: Record) -> dict[str, Any]:
     variables = _unpacked(record, VARIABLES) or {}
     record.expect(isinstance(variables, dict), f"{VARIABLES!r} must be an object", variables)
     given = {name: value for name, value in variables.items() if value is not None}
+    texts = [name for name, value in given.items() if str(value).lower() in ("true", "false")]
+    are_truths = all(isinstance(given[name], bool) for name in texts)
+    record.expect(are_truths, f"{VARIABLES!r}: {', '.join(texts)} must be true or false, no text")
     taken = [name for name in given if name in _TAKEN or name.endswith("_token")]
     record.expect(not taken, f"{VARIABLES!r} may not set {', '.join(taken)}")
     return {"tools": tools, "variables": given}

@@ -290,18 +290,19 @@ def parse_all(
 ) -> ReadResult:
     """The rows of all records. ``drop`` leaves out the records of a `BadRow` and counts them."""
     result = ReadResult([])
-    seen: set[Text] = set()
+    seen: set[tuple[Text, str]] = set()
     for record in records:
         if not isinstance(record.value, UserError):
             result.forms[record.source] = record.form or form_of(record.value).name
         try:
             parsed = parse(kind, record, template, turns)
             if kind == "prompts":
-                prompt = parsed[0].prompt
+                first = parsed[0]
+                asked = (first.prompt, repr((first.tools, first.variables)))
                 has_answers = form_of(record.value).kind not in ("prompts", None)
-                if prompt in seen and has_answers:
+                if asked in seen and has_answers:
                     raise Drop(record.source, REPEATED)
-                seen.add(prompt)
+                seen.add(asked)
         except UserError as error:
             if isinstance(error, BadRow if on_bad_row == "drop" else Drop):
                 result.places.setdefault(error.what, []).append(error.source)
@@ -374,6 +375,17 @@ def framed(read_rows: Rows) -> str:
     return f"{which}, and {how}; --text.template '{{prompt}}' reads them as they are"
 
 
+def mixed(read_rows: Rows) -> str:
+    """A sentence on conversations beside plain prompts, where these get no chat template; "" if
+    there are none.
+    """
+    first = {bool(row.messages): row.source for row in reversed(read_rows)}
+    if len(first) == 1 or not first:
+        return ""
+    how = "the model reads them in different frames, and only the chat template has one for both"
+    return f"{first[True]} is a conversation, {first[False]} a plain prompt: {how}"
+
+
 def form_of(value: Any) -> Form:
     """The form of a record, by its keys."""
     if isinstance(value, str):
@@ -412,6 +424,8 @@ def keys_read(row: Fields, kind: Kind, reads_plain: bool = False) -> set[str]:
         keys.add("desirable")
     if reads_plain or conversation.is_chat(row, "messages", "prompt", "response", *PAIR):
         keys |= {"tools", conversation.VARIABLES}
+    if form.kind is not None and form.name != "text":
+        keys |= {*conversation.SYSTEM, *(("history", "response") if "messages" in row else ())}
     return keys.intersection(row)
 
 
@@ -523,6 +537,10 @@ def _demonstration(record: Record) -> Row:
     if key == "chosen" and conversation.is_chat(row, "prompt", *PAIR):
         common, chosen, _ = conversation.pair(record, PAIR)
         return _row(record, common, (chosen,))
+    if key == "messages" and isinstance(told := row.get("response"), str):
+        last = row["messages"][-1].get("content")
+        what = "'response' is not the last answer of 'messages'; leave one of the two out"
+        record.expect(isinstance(last, str) and last.split() == told.split(), what)
     before, response = _exchange(record, key)
     return _row(record, before, (response,))
 

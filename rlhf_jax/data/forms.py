@@ -462,7 +462,7 @@ def _arena(row: Fields) -> Fields:
     for key in ("conversation_a", "conversation_b"):
         turns = list(map(_message, row[key]))
         starts = [n for n, turn in enumerate(turns) if turn["role"] == "user"] + [len(turns)]
-        number = row.get("turn", len(starts) - 1)
+        number = _number(row.get("turn", len(starts) - 1))
         is_there = type(number) is int and 0 < number < len(starts)
         _check(
             is_there, f"'turn' must be the number of a question in {key!r}, found {number!r:.40}"
@@ -501,11 +501,38 @@ def _right_and_wrong(row: Fields) -> Fields:
 
 def _scored(row: Fields) -> Fields:
     scores = row.get("targets") or [answer.get("overall_score") for answer in row["completions"]]
-    missing = [n for n, score in enumerate(scores, 1) if not isinstance(score, int | float)]
-    _check(
-        not missing, f"'overall_score' of completion {missing[:1]} of UltraFeedback is no number"
-    )
+    if not all(isinstance(score, int | float) for score in scores):
+        return {"targets": scores}  # which a stage refuses that reads them
     return {"targets": scores, "ranks": [-score for score in scores]}
+
+
+def _is_bare(row: Fields) -> bool:
+    """Whether another text beside an answer looks like what the answer was worked out in: by its
+    name, or as prose that is longer.
+    """
+    answer = str(row["answer"])
+    for key, value in row.items():
+        text = "\n".join(value) if _are_texts(value) else value
+        if isinstance(text, str) and key not in ("question", "answer") and len(text) > len(answer):
+            is_prose = len(text.split()) > len(answer.split()) + 5
+            if is_prose or _WORKED.search(key.lower()):
+                return True
+    return False
+
+
+def _number(value: Any) -> Any:
+    """The number that a table may spell as text; any other value itself."""
+    with contextlib.suppress(TypeError, ValueError):
+        number = float(value) if isinstance(value, str) else value
+        return int(number) if isinstance(number, float) and number.is_integer() else number
+    return value
+
+
+def _is_magpie(row: Fields) -> bool:
+    """Whether the last of the turns is the response."""
+    turns = row["conversations"]
+    last = turns[-1] if are_turns(turns) else {}
+    return str(last.get("value", last.get("content"))).split() == str(row["response"]).split()
 
 
 def _rated_steps(row: Fields) -> Fields:
@@ -516,7 +543,7 @@ def _rated_steps(row: Fields) -> Fields:
     for place in row["label"]["steps"]:
         by_person = place.get("human_completion")
         step = by_person or place["completions"][place.get("chosen_completion") or 0]
-        rated.append((step["text"], 1 if by_person else step["rating"]))
+        rated.append((step["text"], 1 if by_person and step["rating"] is None else step["rating"]))
     rated = list(itertools.takewhile(lambda step: step[1] is not None, rated))
     if not rated:
         raise Drop("", "no step has a rating")
@@ -539,10 +566,18 @@ def _marked_steps(row: Fields) -> Fields:
 
 def _up_to_first_error(row: Fields) -> Fields:
     """The label is the number of the first wrong step, behind which none is judged; -1: none is."""
-    steps, wrong = row["steps"], row["label"]
+    steps, wrong = row["steps"], _number(row["label"])
     _check(type(wrong) is int and -1 <= wrong < len(steps), "'label' must be -1 or that of a step")
     judged = steps if wrong < 0 else steps[: wrong + 1]
     return {"steps": judged, "labels": [number != wrong for number in range(len(judged))]}
+
+
+def _alone(response: Any) -> Any:
+    """The text of an answer of one turn; any other value itself."""
+    match response:
+        case [{"role": "assistant", "content": str() as text}]:
+            return text
+    return response
 
 
 def _are_ranked(value: Any) -> bool:
@@ -574,7 +609,7 @@ def _trees(row: Fields) -> list[Fields]:
 
 
 _ONLY_IN_OURS = "prompt messages response responses chosen text"
-_SOLUTIONS = "solution generated_solution output completion reasoning rationale explanation"
+_WORKED = re.compile("solution|reason|rational|expla|cot|chain|th(ought|ink)|gen|output|compl|full")
 _MARK = "\N{CYRILLIC SMALL LETTER KA}\N{CYRILLIC SMALL LETTER I}"  # of Math-Shepherd
 
 FORMS = (
@@ -609,12 +644,12 @@ FORMS = (
     PublicForm(
         "Magpie",
         "messages=conversations =instruction =response",
-        fits=lambda row: row["conversations"][-1].get("value") == row["response"],
+        fits=_is_magpie,
     ),
     PublicForm(
         "UltraChat",
         "=data",
-        without=_ONLY_IN_OURS,
+        without=f"{_ONLY_IN_OURS} question query problem instruction conversations",
         fits=lambda row: _are_texts(row["data"]),
         read=lambda row: _alternating(row["data"]),
     ),
@@ -632,7 +667,16 @@ FORMS = (
     # Pairs
     PublicForm("ShareGPT preferences", "prompt=conversations chosen rejected"),
     PublicForm("Alpaca preferences", "prompt=instruction+input+context chosen rejected"),
-    PublicForm("Orca pairs", "prompt=question chosen rejected"),
+    PublicForm(
+        "Orca pairs",
+        "prompt=question chosen rejected",
+        fits=lambda row: row.get("prompt") != row["question"],
+    ),
+    PublicForm(
+        "input and pairs",
+        "prompt=input chosen rejected",
+        without="prompt messages instruction question query conversations",
+    ),
     PublicForm(
         "ms-swift preferences",
         "prompt=query chosen=response rejected=rejected_response",
@@ -675,14 +719,14 @@ FORMS = (
         "HelpSteer preferences",
         "prompt =response_1 =response_2 =preference_strength",
         read=lambda row: _preferred(
-            row, "response_1 response_2", _stronger(row["preference_strength"])
+            row, "response_1 response_2", _stronger(_number(row["preference_strength"]))
         ),
     ),
     PublicForm(
         "HelpSteer3",
         "prompt=context =response1 =response2 =overall_preference",
         read=lambda row: _preferred(
-            row, "response1 response2", _stronger(row["overall_preference"])
+            row, "response1 response2", _stronger(_number(row["overall_preference"]))
         ),
     ),
     PublicForm(
@@ -744,7 +788,10 @@ FORMS = (
         "prompt, response and score",
         "prompt response score",
         without="desirable messages responses chosen",
-        read=lambda row: {"responses": [row["response"]], "targets": [row["score"]]},
+        read=lambda row: {
+            "responses": [_alone(row["response"])],
+            "targets": [_number(row["score"])],
+        },
     ),
     PublicForm(
         "OpenAI summaries, scores",
@@ -787,7 +834,8 @@ FORMS = (
     PublicForm("TRL stepwise", "prompt steps=completions labels"),
     PublicForm(
         "PRM800K",
-        "prompt=question.problem answer=question.ground_truth_answer =label",
+        "prompt=question.problem =label",
+        also="answer=question.ground_truth_answer",
         read=_rated_steps,
     ),
     PublicForm(
@@ -801,12 +849,18 @@ FORMS = (
     PublicForm(
         "GSM8K",
         "prompt=question response=answer answer",
-        without=f"{_ONLY_IN_OURS} {_SOLUTIONS}",
+        without=_ONLY_IN_OURS,
+        fits=lambda row: not _is_bare(row),
     ),
-    PublicForm("LIMO", "prompt=question response=solution answer", without=_ONLY_IN_OURS),
+    PublicForm(
+        "questions and answers", "prompt=question answer", without=_ONLY_IN_OURS, fits=_is_bare
+    ),
+    PublicForm("LIMO", "prompt=question response=solution answer solution", without=_ONLY_IN_OURS),
     PublicForm(
         "s1K",
-        "prompt=question answer=solution =thinking_trajectories =attempt",
+        "prompt=question answer=solution solution =thinking_trajectories =attempt",
+        also="=text",
+        fits=lambda row: _are_texts(row["thinking_trajectories"]),
         read=lambda row: {
             "response": "<think>\n{}\n</think>\n\n{}".format(
                 "\n".join(row["thinking_trajectories"]), row["attempt"]
@@ -818,7 +872,7 @@ FORMS = (
     ),
     PublicForm(
         "MATH",
-        "prompt=problem response=solution answer=solution",
+        "prompt=problem response=solution answer=solution solution",
         also="answer",
         without=f"{_ONLY_IN_OURS} generated_solution",
     ),

@@ -66,6 +66,7 @@ class Record(NamedTuple):
         wanted = f"expected keys {', '.join(keys)}"
         others = [key for key in self.value if key not in keys]
         hint = "".join(meant(key, others) for key in missing)
+        hint = hint or "; --columns OURS=THEIRS reads other keys"
         found = f"; {self.form} has {present}" if self.form else f", found {present}"
         raise BadRow(self.source, wanted + found + hint)
 

@@ -420,12 +420,12 @@ def encode_prompts(
 
 
 def say_spelled(rows: Sequence[Row], tokenizer: tokenizers.Tokenizer, template: str) -> None:
-    """Prints which plain texts spell special tokens, which a chat template refuses, or have a frame
-    that a chat template would put into its own.
+    """Prints which plain texts spell special tokens, which a chat template refuses, have a frame
+    that a chat template would put into its own, or stand beside conversations in another frame.
     """
     is_chat = chat.frame(template, tokenizer) is None
-    sentence = formats.framed(rows) if is_chat else encoding.spelled(rows, tokenizer, template)
-    if sentence:
+    of_frame = formats.mixed(rows), encoding.spelled(rows, tokenizer, template)
+    for sentence in filter(None, [formats.framed(rows)] if is_chat else of_frame):
         logger.info(f"warning: {sentence}")
 
 
