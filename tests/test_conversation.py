@@ -678,10 +678,13 @@ def test_rl_keeps_one_prompt_with_other_variables_or_tools(read):
         assert found.dropped == ({formats.REPEATED: 1} if len(more) > count else {})
 
 
+WORKED = ["cot", "chain_of_thought", "thinking", "Thought", "deepseek_reasoning", "generations"]
+WORKED += ["solutions", "worked_solution", "r1_solution_1", "full_answer", "Rationale"]
+
+
 @pytest.mark.parametrize(
     "key",
-    "cot chain_of_thought thinking Thought deepseek_reasoning generations solutions "
-    "worked_solution r1_solution_1 full_answer Rationale explanation".split(),
+    WORKED,
 )
 def test_a_bare_answer_is_a_question_for_rl_alone(key):
     row = {"question": "q", "answer": "2", key: "1 + 1"}

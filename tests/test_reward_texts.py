@@ -245,6 +245,12 @@ def test_what_it_cannot_read_is_refused_by_name(tmp_path):
     said = r"text 1, 'hi': .* reads 40; .*rl\.max_new_tokens, now 64 of the policy's tokens"
     with pytest.raises(UserError, match=said):
         model.score_texts([[USER], [USER]], ["no", "an answer that is longer"])
+    prompt = encoding.answered_ids([USER], "", load_tokenizer(folder), "")
+    judge = save_judge(tmp_path / "short", max_length=len(prompt))
+    with pytest.raises(UserError, match=r"short: .* has another tokenizer and reads"):
+        load(judge, longest=[USER])  # before any response
+    load(judge)
+    load(save_judge(tmp_path / "short", max_length=len(prompt) + 1), longest=[USER])
     (tmp_path / "plain").mkdir()
     chat_families.write(tmp_path / "plain", "qwen2.5")
     judge = LanguageModel.load(folder)
@@ -252,6 +258,14 @@ def test_what_it_cannot_read_is_refused_by_name(tmp_path):
     models.save(tmp_path / "plain", judge.model, body)
     with pytest.raises(UserError, match="plain: this model has no score head"):
         build(str(tmp_path / "plain"))
+
+
+def test_a_run_refuses_a_reward_model_that_cannot_read_its_longest_prompt(config, tmp_path, write):
+    folder = save_judge(tmp_path / "rm", max_length=64)
+    data = write([{"prompt": "Hi"}, {"prompt": "What is ice? " * 9}, {"prompt": "No"}])
+    settings = replace(config.rl, num_iterations=1)
+    with pytest.raises(UserError, match=r"rm: .* has another tokenizer and reads 64 tokens"):
+        rl.run(replace(config, reward=(folder,), rl=settings, data=(str(data),)), vpg)
 
 
 def test_a_prompts_messages_are_those_before_the_template():

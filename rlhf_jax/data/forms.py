@@ -615,9 +615,7 @@ _MARK = "\N{CYRILLIC SMALL LETTER KA}\N{CYRILLIC SMALL LETTER I}"  # of Math-She
 FORMS = (
     # Demonstrations
     PublicForm(
-        "ShareGPT",
-        "messages=conversations",
-        fits=lambda row: not _are_texts(row["conversations"]),
+        "ShareGPT", "messages=conversations", fits=lambda row: not _are_texts(row["conversations"])
     ),
     PublicForm(
         "LIMA",
@@ -625,12 +623,7 @@ FORMS = (
         fits=lambda row: _are_texts(row["conversations"]),
         read=lambda row: _alternating(row["conversations"]),
     ),
-    PublicForm(
-        "conversation",
-        "=conversation",
-        without=_ONLY_IN_OURS,
-        read=_conversation,
-    ),
+    PublicForm("conversation", "=conversation", without=_ONLY_IN_OURS, read=_conversation),
     PublicForm("Alpaca", "prompt=instruction+input+context response=output", also="=text"),
     PublicForm("Dolly", "prompt=instruction+input+context response"),
     PublicForm("OpenOrca", "prompt=question response", without="prompt messages"),
@@ -641,11 +634,7 @@ FORMS = (
         without=f"{_ONLY_IN_OURS} instruction question",
     ),
     PublicForm("TRL prompt and completion", "prompt response=completion"),
-    PublicForm(
-        "Magpie",
-        "messages=conversations =instruction =response",
-        fits=_is_magpie,
-    ),
+    PublicForm("Magpie", "messages=conversations =instruction =response", fits=_is_magpie),
     PublicForm(
         "UltraChat",
         "=data",
@@ -677,10 +666,7 @@ FORMS = (
         "prompt=input chosen rejected",
         without="prompt messages instruction question query conversations",
     ),
-    PublicForm(
-        "ms-swift preferences",
-        "prompt=query chosen=response rejected=rejected_response",
-    ),
+    PublicForm("ms-swift preferences", "prompt=query chosen=response rejected=rejected_response"),
     PublicForm(
         "ms-swift messages",
         "=messages rejected=rejected_response",
@@ -730,10 +716,7 @@ FORMS = (
         ),
     ),
     PublicForm(
-        "arena conversations",
-        "=conversation_a =conversation_b =winner",
-        also="=turn",
-        read=_arena,
+        "arena conversations", "=conversation_a =conversation_b =winner", also="=turn", read=_arena
     ),
     PublicForm(
         "arena votes",
@@ -826,8 +809,7 @@ FORMS = (
     PublicForm("ShareGPT with label", "messages=conversations desirable=label"),
     PublicForm("ShareGPT with kto_tag", "messages=conversations desirable=kto_tag"),
     PublicForm(
-        "Alpaca with kto_tag",
-        "prompt=instruction+input+context response=output desirable=kto_tag",
+        "Alpaca with kto_tag", "prompt=instruction+input+context response=output desirable=kto_tag"
     ),
     PublicForm("BeaverTails", "prompt response desirable=is_safe"),
     PublicForm("ms-swift with label", "prompt=query response desirable=label"),

@@ -57,9 +57,7 @@ _STARTS = (None, True, False, "gaussian")
 
 
 def read_adapter(
-    path: str | os.PathLike[str],
-    params: Params,
-    model: Model | None = None,
+    path: str | os.PathLike[str], params: Params, model: Model | None = None
 ) -> Params:
     """Adapters for ``params`` from PEFT's folder, or from one on the Hugging Face hub.
 
@@ -150,11 +148,7 @@ def split_shape(path: LeafPath, shape: Shape) -> tuple[Shape, int, Shape]:
 
 
 def _read_pair(
-    reader: Reader,
-    config: dict[str, Any],
-    modules: list[str],
-    kernel: LeafPath,
-    shape: Shape,
+    reader: Reader, config: dict[str, Any], modules: list[str], kernel: LeafPath, shape: Shape
 ) -> dict[LeafPath, Array]:
     """The leaves of one kernel's adapter, which PEFT stores in one module for each layer."""
     layers, size_in, out = split_shape(kernel, shape)
@@ -226,11 +220,7 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 
 def write_adapter(
-    path: str | os.PathLike[str],
-    params: Params,
-    adapters: Params,
-    *,
-    base_model: str | None = None,
+    path: str | os.PathLike[str], params: Params, adapters: Params, *, base_model: str | None = None
 ) -> None:
     """Writes a folder that PEFT loads onto the base model's Hugging Face folder.
 

@@ -6,7 +6,8 @@ import numpy as np
 
 from rlhf_jax import models, policies, rewards
 from rlhf_jax.config import Compute
-from rlhf_jax.data import chat, formats, tokenizers
+from rlhf_jax.data import chat, encoding, formats, tokenizers
+from rlhf_jax.data.rows import Messages
 from rlhf_jax.errors import UserError
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.graders import spec
@@ -27,17 +28,19 @@ def load_reward_model(
     length: int = 0,
     policy: str | None = None,
     in_chat: bool = False,
+    longest: Messages | None = None,
 ) -> spec.RewardModel:
     """A reward model's folder (or Hugging Face name), as ``graders.spec`` takes it; ``place``: as
     ``layout.placement`` gives; it scores ``score_rows`` rows at once, of ``length`` tokens.
 
     ``policy`` is the fingerprint of the policy's tokenizer. A model of another one reads texts, on
-    the first device of each process; its own length is checked with each text. ``in_chat``: the
-    policy's prompts are in a chat template (``LanguageModel.closing``).
+    the first device of each process; its own length is checked with each text, and here with the
+    ``longest`` prompt alone. ``in_chat``: the policy's prompts are in a chat template
+    (``LanguageModel.closing``).
 
     Raises:
         UserError: the folder cannot be read, or the model has no score head or fewer positions than
-            ``length``.
+            ``length`` or the longest prompt.
     """
     layers = hf.read_config(hf.find_folder(source)).num_layers
     options = compute_options(compute, layers)
@@ -55,8 +58,12 @@ def load_reward_model(
             f"{source}: a model that scores steps needs the tokenizer of the policy, not another"
         )
     closing = loaded.closing(in_chat)
+    what = f"{source}: this reward model"
     if not reads_texts:
-        check_positions(f"{source}: this reward model", model, length, len(closing))
+        check_positions(what, model, length, len(closing))
+    elif longest:
+        prompt = encoding.answered_ids(longest, "", tokenizer, f"{what}, the longest prompt")
+        check_positions(f"{what} has another tokenizer and", model, len(prompt) + 1)
     at_once = score_rows or TEXTS_AT_ONCE
     score_texts = functools.partial(loaded.score_texts, batch_size=at_once, length=length)
     if scores_steps:

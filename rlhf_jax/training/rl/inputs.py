@@ -173,6 +173,7 @@ def load(
             length=length,
             policy=tokenizer.fingerprint,
             in_chat=chat.frame(source.text.template, tokenizer) is None,
+            longest=max(rows, key=lambda row: len(chat.shown(row, tokenizer))).conversation,
         ),
         services=Services(sources.judge, run.folder.judge),
     )
