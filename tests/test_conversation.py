@@ -699,14 +699,6 @@ def test_a_bare_answer_is_a_question_for_rl_alone(key):
     assert "expected keys" in fault("demonstrations", listed)
 
 
-def test_calls_that_the_template_leaves_out_are_refused_where_nothing_else_is_said(read):
-    calls = says("", tool_calls=[{"type": "function", "function": {"name": "f", "arguments": {}}}])
-    found = read("demonstrations", {"messages": [ASK, calls]})[2]
-    assert "writes no tool_calls" in str(found.errors[0])
-    told = read("demonstrations", {"messages": [ASK, calls | {"content": "Wait."}, ASK, NO]})[2]
-    assert told.unwritten == {"tool_calls": 1}
-
-
 @pytest.mark.parametrize("key", ["system_message", "system_instruction"])
 def test_other_names_of_the_system(key):
     assert (

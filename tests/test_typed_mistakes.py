@@ -126,7 +126,7 @@ TABLE = [
     checked(rows(chosen="a", rejected="b"), "must be a dialogue of turns"),
     Mistake(
         f"sft {SMALL}",
-        "8 rows: expected keys prompt, response, found prompt (prompts.json, row 1",
+        "8 rows: expected keys prompt, response, found prompt; --columns",
     ),
     Mistake(
         f"sft {SMALL} own.yaml",

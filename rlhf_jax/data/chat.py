@@ -412,12 +412,8 @@ class ChatTemplate:
             if isinstance(given.get("tool_calls"), list) and self._reads_objects:
                 given["tool_calls"] = [_with_object(call) for call in given["tool_calls"]]
             prepared.append(given)
-        is_empty = "tool_calls" not in self._source_for(tools) and any(
-            given.get("tool_calls") and not text_of(given).strip() for given in prepared
-        )
-        if is_empty or (others and self.source == PLAIN):
-            which = "plain" if self.source == PLAIN else "model's own"
-            what = f"the {which} template writes no {'tool_calls' if is_empty else others[-1]}"
+        if others and self.source == PLAIN:
+            what = f"the plain template writes no {others[-1]}"
             raise BadRow(where, f"{what}; name a model whose own template does")
         tools = self._hidden(tools, "the tools", where)
         for given in prepared:

@@ -47,7 +47,8 @@ def unfit_scores(job: "Job", rollout: Rollout) -> Callable[[], str]:
     """
     config, extras = job.method.algorithm_config, rollout.extras or {}
     parts: Any = {name: extras[name] for name, kind in config.extras.items() if kind == "row"}
-    given: Any = (rollout.row_ids, {**parts, "scores": rollout.scores})
+    parts |= {} if rollout.scores is None else {"scores": rollout.scores}
+    given: Any = (rollout.row_ids, parts)
 
     def cause() -> str:
         numbers, found = processes.fetch(given)
