@@ -640,6 +640,7 @@ def test_a_response_with_its_score(score, target):
     row = {"prompt": "p", "response": "r", "score": score}
     assert texts("demonstrations", row) == [("p", "r")]
     assert parsed("prompts", row).rows[0].columns["score"] == score
+    assert parsed("demonstrations", row | {"level": 3}).unread == {"score": 1, "level": 1}
     found = parsed("comparisons", row)
     assert [one.targets for one in found.rows] == ([] if target is None else [(target,)])
     assert found.unread == {}
@@ -693,7 +694,14 @@ def test_a_bare_answer_is_a_question_for_rl_alone(key):
     assert read.columns == {"answer": "2", key: "1 + 1", "id": 7}
     prose = {"question": "q", "answer": "2", "note": "one and one are two of them so it is"}
     assert "expected keys" in fault("demonstrations", prose)
-    for short in ({"note": "easy"}, {"id": "0b5ac2ad-8bd3-4a1c"}, {key: "1"}, {key: ["2"]}):
+    for short in (
+        {"genre": "fiction"},
+        {"agent": "x-1"},
+        {"note": "easy"},
+        {"id": "0b5ac2ad-8bd3-4a1c"},
+        {key: "1"},
+        {key: ["2"]},
+    ):
         assert texts("demonstrations", {"question": "q", "answer": "2"} | short) == [("q", "2")]
     listed = {"question": "q", "answer": "2", "generations": ["1 + 1", "2"]}
     assert "expected keys" in fault("demonstrations", listed)
@@ -736,6 +744,14 @@ def test_every_spelling_of_history(history):
 @pytest.mark.parametrize("history", [[["h"]], [["h", None]], [["a", "b", "c"]], [3], [{"q": "a"}]])
 def test_what_is_no_history_is_refused(history):
     assert "'history' must be" in fault("prompts", {"prompt": "p", "history": history})
+
+
+def test_unread_keys_of_conversations_are_named():
+    row = {"messages": [ASK, NO], "response": "No.", "history": "of Rome", "level": 1, "system": ""}
+    assert parsed("demonstrations", row).unread == {"history": 1, "level": 1}
+    marked = row | {"desirable": True, "ranks": [0, 1]}
+    assert parsed("feedback", marked).unread.keys() == {"response", "history", "level", "ranks"}
+    assert parsed("demonstrations", {"text": "t", "system": "s"}).unread == {"system": 1}
 
 
 def test_a_response_that_contradicts_the_messages_is_refused():

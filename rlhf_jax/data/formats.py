@@ -425,7 +425,12 @@ def keys_read(row: Fields, kind: Kind, reads_plain: bool = False) -> set[str]:
     if reads_plain or conversation.is_chat(row, "messages", "prompt", "response", *PAIR):
         keys |= {"tools", conversation.VARIABLES}
     if form.kind is not None and form.name != "text":
-        keys |= {*conversation.SYSTEM, *(("history", "response") if "messages" in row else ())}
+        keys |= {*conversation.SYSTEM}
+        keys |= {"history"} if str(row.get("history")).lstrip().startswith("[") else set()
+    if kind == "demonstrations" and ("messages" in row or "targets" in row):
+        keys.add("response")
+    if kind == "comparisons" and "response" in row:
+        keys |= {"response", "score"}
     return keys.intersection(row)
 
 
@@ -439,7 +444,6 @@ def _unread(value: Any, kind: Kind, reads_plain: bool) -> list[str]:
         return [key for key in value if key not in NO_COLUMNS]
     read = keys_read(value, kind, reads_plain)
     copies = [id(value[key]) for key in read]
-    copies += [id(item) for key in read if isinstance(value[key], list) for item in value[key]]
     return [key for key in value if key not in read and id(value[key]) not in copies]
 
 

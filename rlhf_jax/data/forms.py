@@ -464,9 +464,7 @@ def _arena(row: Fields) -> Fields:
         starts = [n for n, turn in enumerate(turns) if turn["role"] == "user"] + [len(turns)]
         number = _number(row.get("turn", len(starts) - 1))
         is_there = type(number) is int and 0 < number < len(starts)
-        _check(
-            is_there, f"'turn' must be the number of a question in {key!r}, found {number!r:.40}"
-        )
+        _check(is_there, f"'turn' must be that of a question in {key!r}, found {number!r:.40}")
         judged[key] = turns[: starts[number]]
     return _preferred(judged, "conversation_a conversation_b", votes.index(vote))
 
@@ -609,7 +607,9 @@ def _trees(row: Fields) -> list[Fields]:
 
 
 _ONLY_IN_OURS = "prompt messages response responses chosen text"
-_WORKED = re.compile("solution|reason|rational|expla|cot|chain|th(ought|ink)|gen|output|compl|full")
+_WORKED = re.compile(
+    "solution|reason|rational|expla|(^|_)cot|chain|thought|think|generat|output|completion|full_"
+)
 _MARK = "\N{CYRILLIC SMALL LETTER KA}\N{CYRILLIC SMALL LETTER I}"  # of Math-Shepherd
 
 FORMS = (
