@@ -258,7 +258,12 @@ SIGNATURES = {
     "prompt, /, *, generations": {"prompt": ["ab"] * 2, "generations": ANSWERS},
     "predictions, score": {"predictions": ANSWERS, "score": [7, 8]},
     "responses, output=5": {"responses": ANSWERS, "output": 5},
-    "responses, label=None, prompt=None": {"responses": ANSWERS, "label": [3, 4], "prompt": None},
+    "responses, label=None, output=None": {"responses": ANSWERS, "label": [3, 4], "output": None},
+    "responses, labels=None, prompt=None": {
+        "responses": ANSWERS,
+        "labels": [3, 4],
+        "prompt": ["ab"] * 2,
+    },
     "x=1, answer=2, /, *, text": {"x": 1, "answer": ["x", "y"], "text": ANSWERS},
     "queries, prompts, labels": {
         "queries": ["abea", "abe"],
@@ -281,13 +286,68 @@ def test_parameters_are_told_by_their_names(parameters):
 
 def test_a_column_comes_before_another_name_of_a_text():
     given = ROWS | {"output": ["c", "d"], "labels": [5, 6]}
-    assert shown_to("output, labels, text", columns=given) == {
+    assert shown_to("output, labels, completions", columns=given) == {
         "output": ["c", "d"],
         "labels": [5, 6],
-        "text": ANSWERS,
+        "completions": ANSWERS,
     }
-    with pytest.raises(UserError, match="no parameter gets the responses"):
+    with pytest.raises(UserError, match="gets the responses; output is a column of the prompts"):
         shown_to("output, prompt", columns=given)
+
+
+GOLD = ROWS | {"response": ["c", "d"]}
+
+
+@pytest.mark.parametrize("more", ["", ", **columns", ", *, key=1"])
+@pytest.mark.parametrize(
+    ("parameters", "columns", "said"),
+    [
+        ("response, answer", GOLD, "no parameter gets the responses; response is a column"),
+        ("prompts, response", GOLD, "no parameter gets the responses; response is a column"),
+        ("response, output", GOLD, "output get the responses; response is a column"),
+        ("completions, completion", ROWS, "completions and completion get the responses"),
+        ("completion, output", ROWS, "completion and output get the responses"),
+        ("responses, prediction", GOLD, "responses and prediction get the responses"),
+    ],
+)
+def test_what_may_be_the_response_or_the_gold_answer_is_refused(parameters, columns, said, more):
+    with pytest.raises(UserError, match=said):
+        shown_to(parameters + more, columns=columns)
+
+
+def test_a_response_of_the_data_beside_those_of_the_policy():
+    for name in ("responses", "completions"):
+        given = shown_to(f"{name}, response", columns=GOLD)
+        assert given == {name: ANSWERS, "response": ["c", "d"]}
+
+
+def test_settings_of_a_partial_and_of_verl_are_no_columns():
+    seen = []
+
+    def exact(responses, answer, tone=None):
+        seen.append((answer, tone))
+        return [0.0] * len(responses)
+
+    columns = {"answer": ["x", "y"], "tone": ["a", "b"], "score": [7, 8], "ground_truth": [1, 2]}
+    on_texts(functools.partial(exact, answer="42"), ["p", "q"], ["r", "s"], columns)
+    assert seen == [("42", ["a", "b"])]
+
+    def compute_score(solution_str, ground_truth, method="strict", score=1.0):
+        return score if ground_truth else 0.0
+
+    assert on_texts(compute_score, ["p", "q"], ["r", "s"], columns)[0] == [1.0, 1.0]
+
+
+def test_a_class_is_no_reward():
+    class Reward:
+        def __init__(self, args=None, **kwargs): ...
+
+        def __call__(self, completions, **kwargs):
+            return [0.0] * len(completions)
+
+    with pytest.raises(UserError, match="here: a class is no reward"):
+        check_function("here", Reward, ())
+    check_function("here", Reward(), ())
 
 
 REFUSED = {
@@ -929,8 +989,12 @@ def test_what_a_hostile_reward_says_and_does_moves_no_bit(name, tmp_path):
 @pytest.mark.parametrize(
     ("name", "scores", "said"),
     [
-        ("curriculum", (2.0, 0.5), r"4 of 8 scores are outside of 0 to 1, .* curriculum .* 2 "),
-        slow("spo", (-1.0, 0.0), r"4 of 8 scores are outside of 0 to 1, .* spo .* -1 for"),
+        (
+            "curriculum",
+            (2.0, 0.5),
+            r"4 of 8 scores are outside of 0 to 1, .* curriculum .* 2\.0 for",
+        ),
+        slow("spo", (-1.0, 0.0), r"4 of 8 scores are outside of 0 to 1, .* spo .* -1\.0 for"),
         slow("ppo", (1e20, 0.0), r"4 of 8 scores are outside of -1e\+15 to 1e\+15, .* 1e\+20 for"),
         slow("rloo", (0.0, -1e20), r"4 of 8 scores are .* -1e\+20 for .*prompts\.json, row"),
         slow("maxrl", (0.0, -2.0), r"4 of 8 scores are outside of 0 to 1e\+15, .* -2 for"),

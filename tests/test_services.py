@@ -227,6 +227,41 @@ NUMBERS = {  # on a scale from -20 to 20
     "Score: 9?</think>Score: 2": 2,
     "Score: 9</think>\nI cannot say": None,
     "Score: 2\n<think>Score: 9": 2,
+    # Numbers of something else, and of another scale.
+    '{"score": 8, "max_score": 10}': None,
+    '{"overall_score": 8, "helpfulness_score": 2}': None,
+    '{"overall_score": 8}': 8,
+    "Score: 8\nMax score: 10": 8,
+    "Score: 8 (previous score: 3)": None,
+    "Helpfulness score: 3\nOverall: 8": None,
+    "Score: 8\n\nScore: 1 (worst) to 10 (best)": None,
+    **dict.fromkeys(
+        f"Score: {said}"
+        for said in (
+            *(
+                "4 stars out of 5",
+                "4 on a scale of 5",
+                "4 (scale 1-5)",
+                "4 points (max 5)",
+                "4 von 5",
+            ),
+            *("4/ five", "4\n/5", "4\nout of 5", "8\N{FULLWIDTH PERCENT SIGN}", "8 percent", "8?"),
+            *("8 million", "8 vs 9", "8 point five", "9... actually 8", "9, no, 8", "9 minus 1"),
+            *("5 x 2", "1_000", "1. Helpfulness: 8", "\n1. helpfulness 9\n2. harm 3"),
+            "1=bad, 10=good",
+        )
+    ),
+    # Spellings
+    "Score\N{FULLWIDTH COLON} \N{FULLWIDTH DIGIT EIGHT}": 8,
+    "Score: $8$": 8,
+    "Final score: \\boxed{8}": 8,
+    "Clear and kind. Score: 8": 8,
+    "- **Overall score**: 8 \N{EM DASH} clear": 8,
+    "Score: 8 of 20": 8,
+    "Score: 8 because it is kind": 8,
+    "Score: 8 \N{WHITE HEAVY CHECK MARK}": 8,
+    **{f"{tag}Score: 9": None for tag in ("<thinking>", "<Think>", "[THINK]", "<reasoning>")},
+    "<reasoning>Score: 9</reasoning>Score: 2": 2,
 }
 
 
@@ -327,12 +362,39 @@ WINNERS = {
     "<think>Winner: A": None,
     "A": None,
     "": None,
+    **dict.fromkeys(
+        f"Winner: {said}"
+        for said in (
+            *("A, but it's a tie", "A (almost a tie)", "A: 3/10, B: 8/10", "A (3), B (8)", "A?"),
+            *("\nA: 3\nB: 5", "A, or maybe B", "A. Wait, B is better.", "A... no, B", "b, a"),
+            *("A: loses to B", "A\nor B", "tie (lean A)", "A, or Winner: B, or Winner: tie."),
+        )
+    ),
+    "Not the winner: A": None,
+    "Winner: B\nRunner-up winner: A": 0.0,
+    "Winner: A\nWinner (final): B": 0.0,
+    "Winner\N{FULLWIDTH COLON} **A** \N{WHITE HEAVY CHECK MARK}": 1.0,
+    "Winner: Model A": 1.0,
+    "Winner: \\boxed{B}": 0.0,
+    "Winner: B. It is a kind one": 0.0,
 }
 
 
 @pytest.mark.parametrize("reply", WINNERS)
 def test_a_winner_is_a_letter_or_a_tie_and_never_the_wrong_letter(reply):
     assert pairs._winner(reply) == WINNERS[reply]
+
+
+@pytest.mark.parametrize("reason", ["content_filter", "tool_calls", "abort", "error", "MAX_TOKENS"])
+def test_a_reply_that_the_model_did_not_end_is_no_verdict(reason, serve, tmp_path):
+    said = [("Score: 2", reason), ("Score: 4", "stop")]
+    server = serve(lambda number, body: chat(*said[number]))
+    judge = rubric_judge(server, tmp_path)
+    assert isinstance(judge(["p"], ["a"])[0], Unscored)
+    assert judge.take_unparsed() == 1
+    assert judge(["p"], ["a"]) == [4]  # asked again
+    assert judge(["p"], ["a"]) == [4]
+    assert len(server.asked) == 2
 
 
 def test_a_judge_of_pairs_asks_again_for_what_was_cut(serve, tmp_path):

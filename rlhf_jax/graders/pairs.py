@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.graders.service import ChatJudge, Rubric, Services, verdict
+from rlhf_jax.graders.service import REMARK, ChatJudge, Rubric, Services, behind
 from rlhf_jax.rewards.host import Unscored, copied, got, number, plain
 from rlhf_jax.rewards.texts import ALL, TextScorer, binding_of, bound_to
 
@@ -167,13 +167,14 @@ Say in a few sentences which answer is better and why. Then end with a line
 Winner: A
 
 or Winner: B, or Winner: tie."""
-# A, B or a tie, and behind it nothing, a sentence or a reason, but not the other letter.
 _WINNER = re.compile(
-    r"(?:(?:the )?(?:answer|response|assistant|option) )?(?:(A|B)|(?:an? )?(?:tie|draw))\b"
-    r"(?!(?:[^\w\n]|\b(?:and|or|nor|answer)\b){0,9}(?:(?-i:[AB])|[AB](?! [A-Z])|tie)\b)"
-    r"[*_`\"'\])} ]{0,9}(?=\s*\n|\s*\Z|[.,;:!(]|[-—]\s|(?:because|between)\b)",
+    r"(?:(?:the )?(?:answer|response|assistant|option|model) )?(?:(?:an? )?(?:tie|draw)|([AB]))\b",
     re.IGNORECASE,
 )
+_REASON = re.compile(r"\W*(?:because|since|between)\b.*", re.IGNORECASE)
+_DOUBT = re.compile(r"\b(?:tie|draw|not|lose|loses|worse|maybe|almost|equal)\b|\d", re.IGNORECASE)
+# The other letter; "a" may be an article, unless it stands alone.
+_OTHER = {"A": r"\b[bB]\b", "B": r"\bA\b|^\W*a\W*$", None: r"\b[bB]\b|\bA\b"}
 _SHARES: dict[str | None, float] = {"A": 1.0, "B": 0.0, None: 0.5}
 
 
@@ -199,5 +200,11 @@ class RubricPairs(ChatJudge):
 
 
 def _winner(reply: str) -> float | None:
-    found = verdict("winner", _WINNER, reply)
-    return _SHARES[found[1] and found[1].upper()] if found else None
+    line = behind("winner", reply)
+    found = _WINNER.match(line)
+    if found is None:
+        return None
+    letter = found[1] and found[1].upper()
+    rest = _REASON.sub("", line[found.end() :])
+    is_clear = REMARK.match(rest) and not _DOUBT.search(rest)
+    return _SHARES[letter] if is_clear and not re.search(_OTHER[letter], rest) else None

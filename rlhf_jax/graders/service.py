@@ -5,6 +5,7 @@ rubric.
 import contextlib
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,23 +135,34 @@ Say in a few sentences what is good and bad about the answer. Then end with a li
 Score: N
 
 where N is a number from {lowest:g} (worst) to {highest:g} (best)."""
-# Of Markdown and JSON. Without a bound the time would grow with the square of a reply's length.
-_MARKS = r"[\s*_`\"'\[(]{0,9}"
-_NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
-# What would make it another number: 8,5 and 8-9 and 8 or 9 and 8 and a half and 80%.
-_JOINS = r"(?:(?:points?|to|or|and|out|of|in|a)\b[^\w\n]{0,9}){0,3}"
-_OTHER = rf"[^\W_]|[^\w\n]{{0,9}}(?:%|½|{_JOINS}(?:\d|half\b))"
+_THOUGHTS = re.compile(
+    r"[<\[](think|thinking|thoughts?|reasoning|analysis)[>\]].*?(?:[<\[]/\1[>\]]|\Z)",
+    re.IGNORECASE | re.DOTALL,
+)
+_SIGNS = str.maketrans(
+    {"\N{MINUS SIGN}": "-", "\N{EN DASH}": "-", "_": " ", **dict.fromkeys("*`$")}
+)
 _SCORE = re.compile(
-    rf"([-+]?{_NUMBER})(?:[*_]{{0,3}} ?\(?(?:/|out of) ?[*_]{{0,3}}({_NUMBER}))?(?!{_OTHER})",
+    r"([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)(?:\s*\(?(?:/|out of|of)\s*(\d+(?:\.\d+)?))?"
+    r"(?:\s*points?\b)?",
     re.IGNORECASE,
 )
+_WHOLE = (None, "stop", "eos", "eos_token", "end_turn", "stop_sequence")
+# What may follow a verdict: nothing, or what begins as a remark.
+REMARK = re.compile(r"\s*(?:$|[^\w\s%‰/×=+~^<>&?]|because\b|since\b|between\b)", re.IGNORECASE)
 
 
-def verdict(label: str, pattern: re.Pattern[str], reply: str) -> re.Match[str] | None:
-    """What matches behind the last ``LABEL:`` of a reply, Markdown aside. Thoughts say nothing."""
-    said = after_thoughts(reply).translate({0x2212: "-", 0x2013: "-"})  # minus, en dash
-    places = [*re.finditer(rf"(?<![^\W_]){label}{_MARKS}[:=]{_MARKS}", said, re.IGNORECASE)]
-    return pattern.match(said, places[-1].end()) if places else None
+def behind(label: str, reply: str) -> str:
+    """The line of a reply behind its last ``LABEL:`` that begins a line, a sentence or a key of
+    JSON, without Markdown; "" if there is none. Thoughts say nothing.
+    """
+    said = unicodedata.normalize("NFKC", after_thoughts(_THOUGHTS.sub("", reply))).translate(_SIGNS)
+    begins = r"(?:^|[.!?;,{])[^\w\n]{0,9}(?:(?:final|overall|total) )?"
+    ends = r"(?: \([^)\n]{0,20}\))?[\s\"']{0,9}[:=][\s\"'(\[<]{0,9}(?:\\boxed{)?"
+    # Without bounds the time would grow with the square of a reply's length.
+    places = [*re.finditer(f"{begins}{label}{ends}", said, re.IGNORECASE | re.MULTILINE)]
+    line, _, after = said[places[-1].end() :].partition("\n") if places else ("", "", "")
+    return "" if re.match(r"\s*(?:/|out of\b|or\b|and\b)", after) else line
 
 
 class ChatJudge:
@@ -207,14 +219,15 @@ class ChatJudge:
         return json.dumps(given, sort_keys=True)
 
     def _reply(self, body: dict[str, Any], is_last: bool = False) -> str:
-        """The reply to a question; "" if it is cut, also with more room."""
+        """The reply to a question; "" if it is cut, also with more room, or is not the model's."""
         reply = client.ask(self.url, body, self.settings, client.JUDGE_KEY, client.Judgement)
         if not reply["choices"]:
             raise ServiceError(f"{self.url}: the reply of the chat server has no choice")
         choice = reply["choices"][0]
-        if choice.get("finish_reason") != "length":
+        reason = choice.get("finish_reason")
+        if reason in _WHOLE:
             return choice["message"].get("content") or ""
-        if not is_last and "max_tokens" in body:
+        if reason == "length" and not is_last and "max_tokens" in body:
             with contextlib.suppress(ServiceError):  # such as that the model reads no more
                 return self._reply(body | {"max_tokens": 4 * body["max_tokens"]}, is_last=True)
         return ""
@@ -254,8 +267,12 @@ class RubricJudge(ChatJudge):
     def _score(self, reply: str) -> float | None:
         """The last score in a reply, such as 8 or 8/10; None if it has none on the scale."""
         lowest, highest = self.rubric.scale
-        found = verdict("score", _SCORE, reply)
+        line = behind("score", reply)
+        found = _SCORE.match(line)
         if found is None or (found[2] and float(found[2]) != highest):
             return None
+        rest = line[found.end() :]
+        if re.search(r"\d", rest) or not REMARK.match(rest):
+            return None  # it may be another number
         score = float(found[1])
         return score if lowest <= score <= highest else None

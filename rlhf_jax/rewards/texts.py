@@ -39,9 +39,10 @@ ALIASES = dict.fromkeys(["solution_str", "solution_strs"], "responses")  # verl
 ALIASES |= dict.fromkeys(["response", "completion", "output", "outputs", "text"], "responses")
 ALIASES |= dict.fromkeys(["texts", "generation", "generations", "prediction"], "responses")
 ALIASES |= {"predictions": "responses", "prompt": "prompts", "labels": "label"}
-ALIASES |= {f"{name}s": name for name in ("data_source", "ground_truth", "extra_info")}
+_OF_VERL = ("data_source", "ground_truth", "extra_info")
+ALIASES |= {f"{name}s": name for name in _OF_VERL}
 """{other name of a parameter: the text or column that it gets}. A column of that name comes first,
-and a parameter with a default is filled by its own name alone."""
+and a parameter with a default gets no responses by another name."""
 
 ALL = "all columns"  # what a ** parameter gets
 _ANSWERS = {"responses", "completions", "completion_ids", "queries", "first", "second"}
@@ -171,6 +172,8 @@ def check_function(where: str, fn: Function, columns: Collection[str]) -> frozen
     """The columns that the function reads by their names. UserError as of ``binding_of``, or if
     both a text of the run and a column could fill a parameter.
     """
+    if isinstance(fn, type):
+        raise UserError(f"{where}: a class is no reward; give a function, or an object of it")
     binding = binding_of(where, fn, TEXTS, columns)
     for name in {*binding} & {*TEXTS} & {*columns} - {"messages"}:
         raise UserError(
@@ -261,17 +264,30 @@ def binding_of(
     """
     binding = {}
     faults = []
-    for name, parameter in _signature(fn).parameters.items():
+    parameters = _signature(fn).parameters
+    for name, parameter in parameters.items():
         is_needed = parameter.default is parameter.empty
-        key = name if name in columns or not is_needed else ALIASES.get(name, name)
+        key = name if name in columns else ALIASES.get(name, name)
+        is_setting = name in getattr(fn, "keywords", ())  # of a partial
+        is_setting |= "solution_str" in parameters and name not in (*ALIASES, *_OF_VERL)
+        if not is_needed and (is_setting or (key == "responses" and key != name)):
+            continue
         if parameter.kind is parameter.VAR_KEYWORD:
             binding[name] = ALL
         elif parameter.kind is not parameter.VAR_POSITIONAL and key in (*texts, *columns):
             binding[name] = key
         elif is_needed:
             faults.append(f"nothing fills the parameter {name}")
-    if {*binding.values()}.isdisjoint({ALL, *_ANSWERS.intersection(texts)}):
-        faults.append("no parameter gets the responses")
+    gets = [name for name, key in binding.items() if key in ("responses", "completions")]
+    by_alias = [name for name in gets if name in ALIASES]
+    of_data = [name for name in binding if ALIASES.get(name) == "responses" and name not in gets]
+    ends = "".join(f"; {name} is a column of the prompts" for name in of_data)
+    if {*binding.values()}.isdisjoint(
+        {*_ANSWERS.intersection(texts), *(() if of_data else (ALL,))}
+    ):
+        faults.append(f"no parameter gets the responses{ends}")
+    elif by_alias and len(gets + of_data) > 1:
+        faults.append(f"{' and '.join(gets)} get the responses{ends}: call one parameter responses")
     if faults:
         own = [name for name in columns if name not in (*texts, IS_CHAT, SOURCE)]
         names = [*texts, *(name for name in ALIASES if ALIASES[name] in texts)]

@@ -59,9 +59,9 @@ def unfit_scores(job: "Job", rollout: Rollout) -> Callable[[], str]:
                 place = outside[0]
                 return (
                     f"{len(outside)} of {len(values)} {name} are outside of {low:g} to {high:g}, "
-                    f"which {job.run.name} needs: {values[place]:g} for "
-                    f"{job.inputs.prompts.rows[numbers[place]].source}. Scale the reward (--reward "
-                    "'SPEC*WEIGHT')"
+                    f"which {job.run.name} needs: {values[place]!s} for "
+                    f"{job.inputs.prompts.rows[numbers[place]].source}. Give scores of that range; "
+                    "--reward 'SPEC*WEIGHT' scales them"
                 )
         return ""
 
