@@ -331,10 +331,10 @@ def test_adapters_that_none_wrote(shape, message, tmp_path):
 
 @pytest.mark.slow
 def test_a_reward_model_that_cannot_spell_the_texts(tmp_path, monkeypatch, capsys):
-    """It reads texts when there are responses, so the run has begun: step 0 stays."""
+    """It reads the longest prompt before the run begins."""
     monkeypatch.chdir(tmp_path)
     two_models()
     assert call(TWO_MODELS, monkeypatch) == 2
     said = capsys.readouterr().err
-    assert "--reward other: text 0, 'ab': the tokenizer's alphabet lacks 'a'" in said
-    assert [path.name for path in Path("runs/ppo/checkpoints").glob("[0-9]*")] == ["0"]
+    assert "other: the longest prompt: the tokenizer's alphabet lacks 'a'" in said
+    assert not [*Path("runs/ppo").glob("checkpoints/[0-9]*")]

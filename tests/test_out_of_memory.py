@@ -128,9 +128,8 @@ def test_a_run_that_does_not_fit_says_so_before_step_0(name, tmp_path, monkeypat
     ]
     (tmp_path / "rows.json").write_text(json.dumps(texts), "utf-8")
     never = "def environment(conversation, row): raise AssertionError"
-    (tmp_path / "never.py").write_text(
-        f"{never}\n{never.replace('environment', 'reward')}", "utf-8"
-    )
+    reward = never.replace("environment(conversation, row)", "reward(responses)")
+    (tmp_path / "never.py").write_text(f"{never}\n{reward}", "utf-8")
     algorithm = {"sft": sft, "kto": kto, "ppo": ppo}[name]
     widths = []
     update = algorithm.update

@@ -62,7 +62,7 @@ def load_reward_model(
     if not reads_texts:
         check_positions(what, model, length, len(closing))
     elif longest:
-        prompt = encoding.answered_ids(longest, "", tokenizer, f"{what}, the longest prompt")
+        prompt = encoding.answered_ids(longest, "", tokenizer, f"{source}: the longest prompt")
         check_positions(f"{what} has another tokenizer and", model, len(prompt) + 1)
     at_once = score_rows or TEXTS_AT_ONCE
     score_texts = functools.partial(loaded.score_texts, batch_size=at_once, length=length)
