@@ -997,7 +997,7 @@ def test_what_a_hostile_reward_says_and_does_moves_no_bit(name, tmp_path):
         slow("spo", (-1.0, 0.0), r"4 of 8 scores are outside of 0 to 1, .* spo .* -1\.0 for"),
         slow("ppo", (1e20, 0.0), r"4 of 8 scores are outside of -1e\+15 to 1e\+15, .* 1e\+20 for"),
         slow("rloo", (0.0, -1e20), r"4 of 8 scores are .* -1e\+20 for .*prompts\.json, row"),
-        slow("maxrl", (0.0, -2.0), r"4 of 8 scores are outside of 0 to 1e\+15, .* -2 for"),
+        slow("maxrl", (0.0, -2.0), r"4 of 8 scores are outside of 0 to 1e\+15, .* -2\.0 for"),
         slow("nash_md", (3.0, -1.0), r"8 of 8 scores are outside of 0 to 1, .* nash_md needs"),
     ],
 )
