@@ -454,11 +454,11 @@ def test_what_samples_learns_under_lora_and_with_a_shared_value_head(value, rank
 
 
 def test_a_run_loads_reward_models_that_read_whole_texts(config, monkeypatch):
-    def load(source, compute, place, score_rows, length, policy, in_chat):
-        raise UserError(f"{source} {length}")
+    def load(source, compute, place, score_rows, length, policy, in_chat, longest):
+        raise UserError(f"{source} {length} {longest[0]['content']}")
 
     monkeypatch.setattr(reward_models, "load_reward_model", load)
-    with pytest.raises(UserError, match=r"^rm 7$"):  # "say x" and two new tokens
+    with pytest.raises(UserError, match=r"^rm 7 say .$"):  # "say x" and two new tokens
         training.rl.run(replace(config, reward=("rm",)), vpg)
 
 
