@@ -499,6 +499,8 @@ def test_labels_of_feedback(labels):
 def test_what_is_no_label(label):
     [error] = parsed("feedback", {"prompt": "p", "response": "r", "desirable": label}).errors
     assert "'desirable' must be true or false, or 1 or 0, found" in str(error)
+    [error] = parsed("feedback", {"prompt": "p", "response": "r", "desirable": None}).errors
+    assert "expected keys desirable" in str(error)
 
 
 def test_sft_learns_no_undesirable_row_unless_told():

@@ -190,6 +190,7 @@ def test_a_rollout_is_gone_when_the_next_is_sampled(parts, monkeypatch):
     def sample(*given):
         assert not [rollout for rollout in rollouts if rollout() is not None]
         rollout, metrics = parts.sample(*given)
+        # Of its arrays only numbers and scores of rows are kept, in case the update is not finite.
         rollouts.append(weakref.ref(rollout.tokens))
         return rollout, metrics
 

@@ -18,14 +18,13 @@ from rlhf_jax.types import Rollout
 
 
 @dataclass(frozen=True)
-class Config(grpo.Config):
+class Config(policy.ReadsOutcomes, grpo.Config):
     """GRPO on prompts of medium pass rate."""
 
     decay: float = 0.7
     """Share of a prompt's past that counts when it is answered again."""
     exploration: float = 0.05
     """Added to sqrt(p (1 - p)), which is at most 0.5, so that a prompt at 0 or 1 comes back."""
-    score_range = (0.0, 1.0)  # as of ``spo``
     half_life = 1.0  # of ``spo``: no setting, the distance stays 0
     rho = property(lambda self: (self.decay, self.decay))
 

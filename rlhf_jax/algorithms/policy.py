@@ -171,6 +171,12 @@ def row_rewards(rollout: Rollout) -> Array:
     return jnp.sum(ops.masked(rewards, rollout.mask), axis=1)
 
 
+class ReadsOutcomes:
+    """Of a Config whose algorithm reads scores by ``outcomes``."""
+
+    score_range = (0.0, 1.0)
+
+
 def outcomes(rollout: Rollout) -> Array:
     """[B] the scores, before penalties; NaN outside [0, 1], so that the step reports
     ``nonfinite``: they are no rates of success.

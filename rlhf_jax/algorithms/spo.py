@@ -21,7 +21,7 @@ from rlhf_jax.types import AxisName, Metrics, Params, PolicyFn, Rollout, TrainSt
 
 
 @dataclass(frozen=True)
-class Config(policy.Config):
+class Config(policy.ReadsOutcomes, policy.Config):
     """Single-stream policy optimisation."""
 
     half_life: float = 0.06
@@ -30,7 +30,6 @@ class Config(policy.Config):
     """The smallest and the largest share of a prompt's past that is kept."""
     exploration: float = 0.05
     """Prompts are drawn in proportion to sqrt(v (1 - v)) plus this."""
-    score_range = (0.0, 1.0)  # no setting: those of ``policy.outcomes``
 
     def __post_init__(self) -> None:
         super().__post_init__()
