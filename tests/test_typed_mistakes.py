@@ -126,8 +126,8 @@ TABLE = [
     checked(rows(chosen="a", rejected="b"), "must be a dialogue of turns"),
     Mistake(
         f"sft {SMALL}",
-        "8 rows: expected keys prompt, response, found prompt; --columns OURS=THEIRS reads other keys "
-        "(prompts.json, row 1",
+        "8 rows: expected keys prompt, response, found prompt; --columns OURS=THEIRS reads "
+        "other keys (prompts.json, row 1",
     ),
     Mistake(
         f"sft {SMALL} own.yaml",
