@@ -43,8 +43,12 @@ from rlhf_jax.training.common import saving
 
 # As every run sets them, before the first program: they are part of its key in the cache. A program
 # that is not cut into parts for several cores compiles in a sixth less, where other tests take
-# these cores.
-FLAGS = {**devices.flags_for("cpu"), "xla_cpu_parallel_codegen_split_count": "1"}
+# these cores. Tests jit programs of four devices themselves: see ``devices.compiler_options``.
+FLAGS = {
+    **devices.flags_for("cpu"),
+    "xla_cpu_parallel_codegen_split_count": "1",
+    **devices.SAVING_MEMORY,
+}
 os.environ["XLA_FLAGS"] = devices.xla_flags(FLAGS, os.environ.get("XLA_FLAGS", ""))
 
 # Looking for garbage among a million objects that stay took a sixth of the tests' time: see

@@ -141,6 +141,8 @@ def test_programs_of_four_blocks_and_more_have_the_newer_kernels_where_a_run_cho
     monkeypatch,
 ):
     newer = {"xla_cpu_use_fusion_emitters": True}
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     monkeypatch.setenv("XLA_FLAGS", "--xla_a=1 --xla_cpu_use_fusion_emitters=false")
     assert [devices.compiler_options(layers) for layers in (3, 4, 24)] == [{}, newer, newer]
     monkeypatch.setenv(
@@ -151,6 +153,38 @@ def test_programs_of_four_blocks_and_more_have_the_newer_kernels_where_a_run_cho
     assert config.num_blocks == 5
     assert replace(config, scan_layers=True).num_blocks == 2
     assert replace(config, num_layers=1, scan_layers=True).num_blocks == 1
+
+
+@pytest.mark.parametrize(
+    ("platform", "number", "expected"),
+    [("cpu", 2, devices.SAVING_MEMORY), ("cpu", 1, {}), ("gpu", 2, {})],
+)
+def test_several_cpu_devices_run_no_collectives_at_once(platform, number, expected, monkeypatch):
+    """Four devices on two busy cores stood in half of the runs of GRPO otherwise."""
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    monkeypatch.setattr(jax, "device_count", lambda: number)
+    assert devices.compiler_options(0) == expected
+
+
+def test_the_order_that_saves_memory_is_another_one():
+    """A compiler option that XLA takes and does not heed would leave the order as it is."""
+    flags = os.environ["XLA_FLAGS"]
+    program = (
+        "import sys, jax, jax.numpy as jnp\n"
+        "def f(x): return (jnp.sin(x) @ x) @ (jnp.cos(x) @ x) + jnp.exp(x) @ x\n"
+        "of = lambda o: jax.jit(f, compiler_options=o).lower(jnp.ones((64, 64))).compile()\n"
+        "from rlhf_jax.runs import devices\n"
+        "print(of({}).as_text() == of(devices.SAVING_MEMORY).as_text())\n"
+    )
+    usual = " ".join(flag for flag in flags.split() if "scheduler_type" not in flag)
+    said = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "XLA_FLAGS": usual, "JAX_NUM_CPU_DEVICES": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert said.stdout == "False\n"
 
 
 def test_this_jaxlib_knows_the_flags_that_every_version_has():

@@ -64,7 +64,9 @@ class ShapesLayout(Layout):
     not jitted, so that they can be compiled for other devices.
     """
 
-    def jit(self, program: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    def jit(
+        self, program: Callable[..., Any], num_blocks: int = 0, **options: Any
+    ) -> Callable[..., Any]:
         return program
 
     def jit_update(self, update: Callable[..., Any], num_blocks: int) -> Callable[..., Any]:

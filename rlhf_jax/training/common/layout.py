@@ -86,13 +86,17 @@ class Layout:
         memory.free((params, placed))
         return state
 
-    def jit(self, program: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    def jit(
+        self, program: Callable[..., Any], num_blocks: int = 0, **options: Any
+    ) -> Callable[..., Any]:
         """``jax.jit(program)``; with ``compute.blocks`` each device runs it on whole arrays, and
         the passes of networks in it block by block (``blocks.replicated``).
+
+        num_blocks: as in ``devices.compiler_options``.
         """
         if self.blocks:
             program = blocks.replicated(program, self.mesh, self.blocks)
-        return jax.jit(program, **options)
+        return jax.jit(program, compiler_options=devices.compiler_options(num_blocks), **options)
 
     def jit_update(self, update: Callable[..., Any], num_blocks: int) -> Callable[..., Any]:
         """Jits ``update(state, ...) -> (state, metrics)``: the state is donated, and the new one
@@ -108,9 +112,7 @@ class Layout:
             state = jax.lax.with_sharding_constraint(state, shardings(self.mesh, state))
             return state, jax.lax.with_sharding_constraint(metrics, sharding.replicated(self.mesh))
 
-        return self.jit(
-            update_in_place, donate_argnums=0, compiler_options=devices.compiler_options(num_blocks)
-        )
+        return self.jit(update_in_place, num_blocks, donate_argnums=0)
 
 
 def layout_of(settings: config.RunConfig) -> Layout:

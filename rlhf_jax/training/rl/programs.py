@@ -18,7 +18,6 @@ from rlhf_jax.errors import UserError, logger
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.iteration import Functions, LoopState, Rule
 from rlhf_jax.policies import Policy
-from rlhf_jax.runs import devices
 from rlhf_jax.sampling import SamplingConfig
 from rlhf_jax.sampling.routing import has_experts
 from rlhf_jax.training.common import initial, memory, optimizer
@@ -220,16 +219,14 @@ def compiled(
     shape, masked = rules(settings, samples, method.is_rewarded)
     group_size = method.algorithm_config.group_size
     # Decoding runs layer after layer, whether or not training scans them.
-    by_layers = devices.compiler_options(model.config.num_layers)
-    by_blocks = devices.compiler_options(model.config.num_blocks)
-    plainly = devices.compiler_options(0)
+    num_layers, num_blocks = model.config.num_layers, model.config.num_blocks
 
     def respond(config: SamplingConfig, size: int) -> Callable[..., Rollout]:
         mesh = layout.sampling_mesh or layout.row_mesh
         program = functools.partial(
             iteration.respond, model=model, mesh=mesh, config=config, group_size=size
         )
-        return layout.jit(program, compiler_options=by_layers)
+        return layout.jit(program, num_layers)
 
     size = method.shared_by
     algorithm = method.algorithm
@@ -243,7 +240,7 @@ def compiled(
             config=samples,
             mesh=layout.row_mesh,
         )
-        to_groups = layout.jit(by_algorithm, compiler_options=by_layers)
+        to_groups = layout.jit(by_algorithm, num_layers)
     is_same = size == 1 and validated == plain
     rescored = functools.partial(
         iteration.rescored,
@@ -281,12 +278,12 @@ def compiled(
         respond=to_groups,
         respond_to_each=to_each if is_same else respond(validated, 1),
         respond_greedily=respond(replace(plain, temperature=0.0), size),
-        rescored=layout.jit(rescored, compiler_options=by_blocks),
+        rescored=layout.jit(rescored, num_blocks),
         reward=layout.jit(iteration.reward),
-        with_greedy=layout.jit(with_greedy, compiler_options=plainly),
-        informative=layout.jit(informative, compiler_options=by_blocks),
-        refill=layout.jit(refill, compiler_options=plainly),
-        learn=layout.jit_update(learn, model.config.num_blocks),
+        with_greedy=layout.jit(with_greedy),
+        informative=layout.jit(informative, num_blocks),
+        refill=layout.jit(refill),
+        learn=layout.jit_update(learn, num_blocks),
         observe=layout.jit_update(observe, 0),
         choose=choose,
     )

@@ -19,7 +19,7 @@ from rlhf_jax.errors import logger
 from rlhf_jax.generation import generator
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.policies import as_policy
-from rlhf_jax.runs import devices, processes
+from rlhf_jax.runs import processes
 from rlhf_jax.training.common import references
 from rlhf_jax.training.common.initial import Trainable
 from rlhf_jax.training.common.layout import Layout
@@ -175,7 +175,6 @@ def compile_log_ratios(on: Layout, policy: Policy) -> partial[Any] | None:
         gap = log_probs - ref_fn(tokens, numbers, None).log_probs
         return jnp.sum(ops.masked(gap, response), axis=1)
 
-    options = devices.compiler_options(policy.begun.model.config.num_layers)
     # They travel through jit as arguments.
     arrays = {"policy_fn": policy.start.bind(policy.fn), "ref_fn": policy.reference}
-    return partial(on.jit(compare, compiler_options=options), **arrays)
+    return partial(on.jit(compare, policy.begun.model.config.num_layers), **arrays)
