@@ -107,7 +107,13 @@ def step(rounds, number, *scores, observe=None):
 
     algorithm = types.SimpleNamespace(observe=observe)
     own = types.SimpleNamespace(algorithm=algorithm)
-    programs = {"refill": REFILL, "informative": lambda state, rollout: informative(rollout)}
+
+    def refill(rollout, *, fresh, wanting, offered):
+        for array in (wanting, offered):  # on a CPU a program may read them at any later time
+            array.setflags(write=False)
+        return REFILL(rollout, fresh=fresh, wanting=wanting, offered=offered)
+
+    programs = {"refill": refill, "informative": lambda state, rollout: informative(rollout)}
     job = rl_job(programs=programs, schedule=schedule(rounds), method=own)
     rollouts = map(draw, job.schedule.batches(number))
     first = next(rollouts)

@@ -45,6 +45,7 @@ def replace_uninformative(
         rollout, rest = job.programs.refill(rollout, fresh=drawn, wanting=wanting, offered=offered)
         if job.method.algorithm.observe is not None:
             unread.append(rest)
-        wanting[np.flatnonzero(wanting)[: offered.sum()]] = False
+        # A new array: on a CPU the program may still read the memory of the one that it got.
+        wanting = wanting & (np.cumsum(wanting) > offered.sum())
     rounds, share = jnp.float32(len(shares) - 1), jnp.float32(np.mean(shares))
     return rollout, {"sampling/rounds": rounds, "sampling/uninformative": share}, unread
