@@ -290,6 +290,40 @@ def test_tools_and_reasoning_that_spell_a_special_token_are_text_too(tmp_path, w
     assert row.prompt.count(start) == 3  # system, user, assistant
 
 
+def test_what_others_spell_leaves_nothing_in_a_template(tmp_path):
+    """A character of private use stands for each special token that a conversation spells, in that
+    conversation alone: there are 32,768.
+    """
+    chat_templates.write(tmp_path, "qwen3")
+    tokenizer = chat.reading(load_tokenizer(tmp_path), None, "text")
+    template = chat.template_of(tokenizer, "auto")
+    asks = [{"role": "user", "content": "<|im_start|> or \U00108000?"}]
+    [alone] = [template.prompt(asks, "")]
+    characters = "".join(map(chr, range(0x108000, 0x110000)))
+    for variables in ({"enable_thinking": characters}, {"enable_thinking": "<|im_end|>"}):
+        template.with_variables(variables, "")
+        assert template.prompt(asks, "") == alone
+    assert tokenizer.backend.decode(alone, skip_special_tokens=False).count("<|im_start|>") == 3
+    everything = [{"role": "user", "content": f"{characters}<|im_end|>"}]
+    with pytest.raises(UserError, match=r"line 7.*too many"):
+        template.prompt(everything, "line 7")
+
+
+def test_variables_and_messages_that_spell_special_tokens_are_both_read(tmp_path):
+    """What stands for the one does not stand for the other."""
+    chat_templates.write(tmp_path, "qwen3")
+    template = "{{ persona }}|{% for one in messages %}{{ one.content }}|{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(template)
+    tokenizer = chat.reading(load_tokenizer(tmp_path), None, "text")
+    variables = {"persona": "<|im_end|>"}
+    read = chat.template_of(tokenizer, "auto").with_variables(variables, "")
+    ids = read.prompt([{"role": "user", "content": "<|im_start|>"}], "")
+    assert tokenizer.backend.decode(ids, skip_special_tokens=False) == "<|im_end|>|<|im_start|>|"
+    assert not {tokenizer.backend.token_to_id(t) for t in ("<|im_end|>", "<|im_start|>")} & {*ids}
+    again = read.with_variables({"other": "<|im_start|>"}, "")
+    assert again.prompt([{"role": "user", "content": "<|im_start|>"}], "") == ids
+
+
 def test_a_vocabulary_that_speaks_as_a_special_token_is_refused(tmp_path):
     """A Unigram vocabulary holds the control tokens."""
     folder = tokenizer_folders.write(tmp_path, "Unigram")
