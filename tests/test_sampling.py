@@ -142,6 +142,9 @@ F = False
         ({"top_p": 0.39}, [T, F, F, F], [T, T, F, F]),
         ({"top_p": 0.6}, [T, F, T, F], [T, T, T, F]),  # the token that crosses stays
         ({"top_p": 1e-6}, [T, F, F, F], [T, F, F, F]),
+        ({"top_p": 1e-39}, [T, F, F, F], [T, F, F, F]),  # 0 to XLA
+        ({"top_p": 1e-300}, [T, F, F, F], [T, F, F, F]),
+        ({"top_k": 2, "top_p": 1e-300, "min_p": 1e-300}, [T, F, F, F], [T, F, F, F]),
         # Renormalised after top-k: .4 / .7 = .571 does not reach .58, where .4 + .3 of the full
         # softmax does.
         ({"top_k": 2, "top_p": 0.56}, [T, F, F, F], [T, T, T, F]),

@@ -30,6 +30,7 @@ from rlhf_jax.graders.service import Judge, reward_service
 from rlhf_jax.inference import label
 from rlhf_jax.inference.labelling import summary
 from rlhf_jax.inference.serving import serve
+from rlhf_jax.inference.serving.answers import Answers
 from rlhf_jax.sampling import SamplingConfig
 from rlhf_jax.training import rl
 
@@ -65,7 +66,7 @@ def server(folder):
 def ask(client, path="/v1/completions", **body):
     reply = client.post(path, json=body)
     assert reply.status_code == 200, reply.text
-    return reply.json()
+    return strict(reply.text)
 
 
 def texts(reply):
@@ -80,9 +81,19 @@ def streamed(client, path="/v1/completions", **body):
     """The events of a stream."""
     reply = client.post(path, json=body | {"stream": True})
     assert reply.status_code == 200, reply.text
-    *events, done = [line.removeprefix("data: ") for line in reply.text.split("\n\n") if line]
+    lines = [line for line in reply.text.split("\n\n") if line and line != ": waiting"]
+    *events, done = [line.removeprefix("data: ") for line in lines]
     assert done == "[DONE]"
-    return list(map(json.loads, events))
+    return list(map(strict, events))
+
+
+def strict(text):
+    """The value of a JSON text that RFC 8259 allows: without NaN and Infinity."""
+
+    def refuse(name):
+        raise ValueError(f"{name} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
 
 
 def test_an_answer_is_the_one_of_generate(folder, server):
@@ -244,6 +255,51 @@ def test_a_stream_has_the_tokens_of_the_whole(server, echo):
         assert [id for part in own for id in part["token_ids"]] == choice["token_ids"]
         for name, values in choice["logprobs"].items():
             assert [one for part in own for one in part["logprobs"][name]] == values, name
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+@pytest.mark.parametrize("temperature", [1e-9, 1e-20, 1e-45, 1e-300])
+def test_log_probs_of_low_temperatures_are_json(server, temperature, is_streamed):
+    client, _ = server
+    body = {"prompt": "say", "temperature": temperature, "n": 2, "logprobs": 20, "echo": True}
+    body |= {"max_tokens": 3, "ignore_eos": True, "seed": 1}
+    events = streamed(client, **body) if is_streamed else [ask(client, **body)]
+    parts = [part for event in events for part in event["choices"]]
+    for number in range(2):
+        told = [part["logprobs"] for part in parts if part["index"] == number]
+        log_probs = [x for one in told for x in one["token_logprobs"]]
+        best = [max(x.values()) for one in told for x in one["top_logprobs"] if x is not None]
+        assert log_probs[0] is None
+        assert all(-9999 <= x <= 0 for x in log_probs[1:])
+        assert log_probs[-3:] == [0, 0, 0]
+        assert best == [0] * (len(log_probs) - 1)
+
+
+def test_no_event_has_numbers_that_are_no_json(server, monkeypatch):
+    client, _ = server
+    monkeypatch.setattr(Answers, "choice", lambda *_, **__: {"score": float("nan")})
+    (event,) = streamed(client, prompt="say", max_tokens=1)
+    assert event["error"]["code"] == 500
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", CHAT])
+def test_a_log_prob_that_is_no_number_is_the_least(server, monkeypatch, path):
+    """As of a model whose weights are NaN."""
+    client, served = server
+    batch = next(iter(served.policies.values())).worker.batch
+    step = batch.step
+
+    def broken():
+        for sample, token in step():
+            yield sample, token._replace(log_prob=float("nan"), likeliest=[(1, float("-inf"))])
+
+    monkeypatch.setattr(batch, "step", broken)
+    is_chat = path == CHAT
+    says = [{"role": "user", "content": "say"}]
+    body = {"messages": says, "logprobs": True} if is_chat else {"prompt": "say", "logprobs": 1}
+    told = ask(client, path, **body, max_tokens=1, seed=1)["choices"][0]["logprobs"]
+    found = [told["content"][0]["logprob"]] if is_chat else told["token_logprobs"]
+    assert found == [-9999]
 
 
 def test_the_prompt_comes_with_the_first_piece_alone(server):

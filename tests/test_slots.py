@@ -124,6 +124,44 @@ def test_settings_are_those_of_generate(batch, name):
         assert_same(tokens, *of_generate)
 
 
+@pytest.mark.parametrize("temperature", [1e-4, 1e-9, 1e-20, 1e-38, 1e-45, 1e-300])
+@pytest.mark.parametrize("more", [{}, {"top_p": 1e-300, "min_p": 1e-40}])
+def test_a_low_temperature_takes_the_likeliest_token_for_certain(batch, temperature, more):
+    asked = prompts(2)
+    given = {"temperature": temperature, **more}
+    got = run(batch, [(ids, sample(i, given, likeliest=3)) for i, ids in enumerate(asked)])
+    greedy, _ = expected(asked, {"temperature": 0.0})
+    for tokens, ids in zip(got, greedy, strict=True):
+        assert [token[:2] for token in tokens] == [(id, 0.0) for id in ids]
+        for token in tokens:
+            (first, sure), *others = token.likeliest
+            assert (first, sure) == token[:2]
+            assert all(log_prob < -1 for _, log_prob in others)
+
+
+@pytest.mark.parametrize("top_p", [1e-37, 1e-39, 1e-300])
+def test_a_small_nucleus_has_the_likeliest_token(batch, top_p):
+    asked = prompts(3)
+    got = run(batch, [(ids, sample(i, {"top_p": top_p})) for i, ids in enumerate(asked)])
+    for tokens, *of_greedy in zip(got, *expected(asked, {"temperature": 0.0}), strict=True):
+        assert_same(tokens, *of_greedy)
+
+
+@pytest.mark.parametrize("penalty", [1e-30, 1e-300])
+@pytest.mark.parametrize("temperature", [0.0, 1e-30, 1.0])
+def test_a_small_penalty_repeats_for_ever(penalty, temperature):
+    """Of logits that it would make infinite, or 0 / 0."""
+    logits = np.array([[5.0, 0.0, 2.0, -1.0], [0.0, -1.0, -2.0, -3.0]], np.float32)
+    config = how(temperature=temperature, repetition_penalty=penalty)
+    own = slots.How(*(np.full(2, value) for value in slots.How.of(config).in_float32()))
+    tokens = np.array([[2, 1], [2, 3]])
+    keys = jax.random.split(KEY, 2)
+    drawn, log_probs = slots._draw(logits, keys, tokens, np.ones((2, 2), bool), own)
+    assert drawn[0] == 2
+    assert drawn[1] in (0, 2, 3)
+    assert not np.isnan(log_probs).any()
+
+
 def test_each_sample_has_settings_of_its_own(batch):
     asked = prompts(4)
     mixed = [SETTINGS[name] for name in ("plain", "greedy, penalised", "all")]

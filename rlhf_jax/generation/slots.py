@@ -48,6 +48,12 @@ class How(NamedTuple):
             config.repetition_penalty,
         )
 
+    def in_float32(self) -> "How":
+        """The numbers as XLA reads them, which takes those below the smallest normal one for 0: a
+        number above 0 stays above it.
+        """
+        return How(*(np.float32(x and max(x, np.finfo(np.float32).tiny)) for x in self))
+
 
 class Token(NamedTuple):
     """A token that was sampled."""
@@ -151,7 +157,7 @@ class Batch:
                 keys=jax.random.key_data(sample.key)[None],
                 used=np.array([sample.first_slot], np.int32),
             )
-            one = _Slots(own, state, np.int32(width), How(*map(np.float32, sample.how)))
+            one = _Slots(own, state, np.int32(width), sample.how.in_float32())
             if length not in self._groups:
                 slots = jax.tree.map(lambda x: jnp.asarray(x)[None], one)
                 self._groups[length] = _Group(slots, [None])
@@ -266,7 +272,8 @@ def _draw(logits: Array, keys: Array, tokens: Array, seen: Array, how: How) -> t
     logits = logits.astype(jnp.float32)
 
     def penalised(logits: Array) -> Array:
-        return decoding.penalised(logits, tokens, counts=seen, penalty=penalty)
+        noisy = decoding.penalised(logits, tokens, counts=seen, penalty=penalty)
+        return jnp.minimum(noisy, jnp.finfo(jnp.float32).max)
 
     def truncated(logits: Array) -> Array:
         ranked = jnp.sort(logits, axis=-1, descending=True)
@@ -279,10 +286,17 @@ def _draw(logits: Array, keys: Array, tokens: Array, seen: Array, how: How) -> t
 
     noisy = jax.lax.cond(jnp.any(penalty != 1), penalised, lambda logits: logits, logits)
     scale = jnp.where(temperature > 0, temperature, 1.0)
-    logits = logits / scale
-    noisy = noisy / scale
+    logits = at_temperature(logits, scale)
+    noisy = at_temperature(noisy, scale)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
     limits = (temperature > 0) & ((top_k > 0) | (top_p < 1) | (min_p > 0))
     possible = jax.lax.cond(jnp.any(limits), truncated, lambda logits: logits, noisy)
     noisy = jnp.where(temperature > 0, possible + noise, noisy)
     return jnp.argmax(noisy, axis=-1).astype(jnp.int32), jax.nn.log_softmax(logits, axis=-1)
+
+
+def at_temperature(logits: Array, temperature: Array) -> Array:
+    """Logits [..., V] divided by a temperature above 0, the largest one moved to 0 before: there is
+    no temperature then at which its log-probability is lost in rounding.
+    """
+    return (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature

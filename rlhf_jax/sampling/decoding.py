@@ -633,7 +633,9 @@ def nucleus(logits: Array, top_p: float | Array) -> Array:
     """
     ranked = jnp.sort(logits, axis=-1, descending=True)
     probs = jax.nn.softmax(ranked, axis=-1)
+    # XLA takes a top_p below the smallest normal number for 0.
     count = jnp.sum(jnp.cumsum(probs, axis=-1) - probs < top_p, axis=-1, keepdims=True)
+    count = jnp.maximum(count, 1)
     last = jnp.take_along_axis(ranked, count - 1, axis=-1)
     # Of the tokens that tie with the last one as many stay as there is room for, the lowest ids
     # first.

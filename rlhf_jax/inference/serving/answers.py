@@ -19,13 +19,13 @@ from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError
 from rlhf_jax.generation import stops
 from rlhf_jax.generation.generator import Generator, places_of
-from rlhf_jax.generation.slots import MOST_LIKELY, How, Sample, Token
+from rlhf_jax.generation.slots import MOST_LIKELY, How, Sample, Token, at_temperature
 from rlhf_jax.inference.serving.protocol import Chat, Completion
 from rlhf_jax.inference.serving.worker import Event, Job, Worker
 from rlhf_jax.runs import devices
 
 _NO_CHARACTER = "\ufffd"  # of bytes that make none yet
-_LEAST = -9999.0  # JSON has no infinity
+_LEAST = -9999.0  # JSON has no infinity; max(_LEAST, nan) is _LEAST
 
 
 class Policy(NamedTuple):
@@ -215,7 +215,7 @@ class Answers:
 
             def told(id: int, log_prob: float) -> dict[str, Any]:
                 text = name(id)
-                number = max(log_prob, _LEAST)
+                number = max(_LEAST, log_prob)
                 whole = None if _NO_CHARACTER in text else list(text.encode())
                 return {"token": text, "logprob": number, "bytes": whole}
 
@@ -228,10 +228,11 @@ class Answers:
         names = [name(token.id) for token in tokens]
         offsets = answer.offset + np.cumsum([0, *map(len, names)])
         answer.offset = int(offsets[-1])
-        known = [None if np.isnan(x) else max(x, _LEAST) for _, x, _ in tokens]  # none before
+        first = answer.echoed[0] if answer.echoed else None  # has no token before it
+        known = [None if token is first else max(_LEAST, token.log_prob) for token in tokens]
         # The likeliest token last: two ids may have one name.
         ranked = [
-            {name(id): max(x, _LEAST) for id, x in [token[:2], *reversed(token.likeliest)]}
+            {name(id): max(_LEAST, x) for id, x in [token[:2], *reversed(token.likeliest)]}
             for token in tokens
         ]
         return {
@@ -315,13 +316,13 @@ def _keys(asked: Chat | Completion, seed: int, ids: Sequence[int]) -> list[Array
 
 @functools.cache
 def _reader(model: models.Model) -> Any:
-    def ranked(logits: Array, targets: Array) -> tuple[Array, ...]:
-        log_probs = jax.nn.log_softmax(logits)
-        own = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
-        return own, *jax.lax.top_k(log_probs, min(MOST_LIKELY, logits.shape[-1]))
+    def read(params: Any, tokens: Array, mask: Array, temperature: Array) -> Any:
+        def ranked(logits: Array, targets: Array) -> tuple[Array, ...]:
+            log_probs = jax.nn.log_softmax(at_temperature(logits, temperature))
+            own = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
+            return own, *jax.lax.top_k(log_probs, min(MOST_LIKELY, logits.shape[-1]))
 
-    def read(params: Any, tokens: Array, mask: Array, temperature: Any) -> Any:
-        policy = models.policy_fn(model, temperature)
+        policy = models.policy_fn(model)
         return policy(params, tokens, mask, statistic=ranked, arrays=(tokens,)).statistic
 
     return jax.jit(read, compiler_options=devices.compiler_options(model.config.num_layers))
@@ -332,7 +333,8 @@ def _read(generator: Generator, ids: list[int], how: How) -> list[Token]:
     positions = generator.room + generator.config.max_new_tokens
     width = min(max(16, 1 << (len(ids) - 1).bit_length()), positions)
     tokens, mask = encoding.left_padded([ids], width=width, pad_id=generator.config.pad_id)
-    found = _reader(generator.model)(generator.params, tokens, mask, how.temperature or 1.0)
+    temperature = how.in_float32().temperature or 1.0
+    found = _reader(generator.model)(generator.params, tokens, mask, temperature)
     own, best, which = (x[0, -len(ids) :].tolist() for x in jax.device_get(found))
     likeliest = [list(zip(*ranked, strict=True)) for ranked in zip(which, best, strict=True)]
     return [Token(ids[0], float("nan"), []), *map(Token, ids[1:], own[1:], likeliest[1:])]

@@ -200,7 +200,7 @@ async def _events(answers: Answers, head: dict[str, Any], served: Served) -> Asy
     """The answers piece by piece, as server-sent events."""
 
     def event(content: object) -> str:
-        return f"data: {json.dumps(content)}\n\n"
+        return f"data: {json.dumps(content, allow_nan=False)}\n\n"
 
     options = answers.asked.stream_options
     prompt = answers.prompt()  # comes with the first piece
