@@ -178,7 +178,7 @@ def score(
         TrainingFault: a function gave a number that is not finite.
     """
     if reward.host is None:
-        score_batch = functools.partial(_apply, reward.fn)
+        score_batch = lambda rows: jax.device_get(_apply(reward.fn, rows))  # noqa: E731
         scores = generator.in_batches(score_batch, batch_size, rollout).astype(np.float64)
         return scores.sum(axis=1) if scores.ndim == 2 else scores  # of steps
     try:

@@ -592,10 +592,10 @@ def _by_length(
     def narrowed(tokens: np.ndarray, mask: np.ndarray, *trees: Any) -> Any:
         unused = mask.shape[1] - batches.prompt_width(mask, _BUCKET)
 
-        def widened(x: Any) -> Any:
+        def widened(x: np.ndarray) -> np.ndarray:
             return np.pad(x, ((0, 0), (unused, 0))) if x.ndim == 2 else x
 
-        result = fn(tokens[:, unused:], mask[:, unused:], *trees)
+        result = processes.fetch(fn(tokens[:, unused:], mask[:, unused:], *trees))
         return jax.tree.map(widened, result)
 
     order = np.argsort(np.count_nonzero(mask, axis=1), kind="stable")
@@ -606,8 +606,8 @@ def _by_length(
 
 
 def in_batches(fn: Callable[..., Any], batch_size: int, *trees: Any, multiple: int = 1) -> Any:
-    """Applies ``fn`` to the rows of pytrees of [N, ...] arrays, at most ``batch_size`` at a time;
-    returns a pytree of NumPy arrays.
+    """Applies ``fn``, which gives NumPy arrays, to the rows of pytrees of [N, ...] NumPy arrays, at
+    most ``batch_size`` at a time; returns a pytree of NumPy arrays.
 
     The number of rows of a batch is a power of two that holds all N, or ``batch_size`` if that is
     less, so that few shapes are compiled; the last batch is completed with rows of zeros. It is
@@ -625,7 +625,7 @@ def in_batches(fn: Callable[..., Any], batch_size: int, *trees: Any, multiple: i
     parts = []
     for start in range(0, num_rows, size):
         part = operator.itemgetter(slice(start, start + size))
-        parts.append(processes.fetch(fn(*jax.tree.map(part, padded))))
+        parts.append(fn(*jax.tree.map(part, padded)))
     return jax.tree.map(lambda *xs: np.concatenate(xs)[:num_rows], *parts)
 
 
