@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -19,14 +20,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import TINY, launch, metric_rows, program, results
+from builders import TINY, launch, letters_stage, metric_rows, program, results, slow
 from jax._src import distributed
+from jax._src.array import ArrayImpl
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file
 
-from rlhf_jax import sharding
+from rlhf_jax import sharding, training
+from rlhf_jax.cli.verify import METHODS
 from rlhf_jax.errors import ServiceError, TrainingFault, UserError
 from rlhf_jax.runs import processes
 from rlhf_jax.runs.checkpoint import Checkpoints
@@ -309,6 +312,55 @@ def test_each_process_writes_its_own_parts_of_a_checkpoint(tmp_path):
         jax.tree.map(assert_array_equal, *numbers)
         checkpoints.save(3, restored, {})
     assert {path.name for path in tmp_path.iterdir()} == {"2", "3", "damaged-2"}
+
+
+@pytest.fixture
+def apart(monkeypatch):
+    """Arrays that are cut over devices behave as those that are cut over processes: nothing but
+    ``processes.fetch`` reads them.
+    """
+    value = ArrayImpl._value.fget
+    fetch = processes.fetch
+    fetching = []
+
+    def read(array):
+        if not fetching and not array.is_fully_replicated:
+            raise RuntimeError("Fetching value for jax.Array that spans non-addressable devices")
+        return value(array)
+
+    def fetch_here(tree):
+        fetching.append(tree)
+        try:
+            return fetch(tree)
+        finally:
+            fetching.pop()
+
+    monkeypatch.setattr(ArrayImpl, "_value", property(read))
+    monkeypatch.setattr(processes, "fetch", fetch_here)
+
+
+def test_only_fetch_reads_what_is_cut_over_processes(apart):
+    cut = sharding.shard_rows(sharding.make_mesh(2), np.arange(4))
+    for read in (np.asarray, jax.device_get, list, lambda x: np.pad(x, (0, 1))):
+        with pytest.raises(RuntimeError, match="spans non-addressable devices"):
+            read(cut)
+    assert_array_equal(processes.fetch(cut), np.arange(4))
+
+
+@pytest.mark.parametrize(
+    "stage", ["dpo", *map(slow, ("sft", "reward_model", "kto", "vpg", "ppo", "rloo", "grpo"))]
+)
+def test_a_stage_reads_by_fetch_what_is_cut_over_processes(stage, apart, tmp_path):
+    config = letters_stage(tmp_path, stage)
+    if stage in METHODS:
+        training.rl.run(config, METHODS[stage])
+    else:
+        own = {"max_steps": 1} if stage == "reward_model" else {"max_steps": 1, "max_new_tokens": 2}
+        section = replace(getattr(config, stage), **own)
+        getattr(training, stage).run(replace(config, **{stage: section}))
+    samples = metric_rows(tmp_path / "run", "samples.jsonl")
+    assert samples
+    assert stage != "dpo" or "log_ratio" in samples[0]
 
 
 @pytest.mark.parametrize(
