@@ -14,12 +14,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import stages
 from builders import TINY, launch, letters_stage, metric_rows, program, results, slow
 from jax._src import distributed
 from jax._src.array import ArrayImpl
@@ -34,6 +36,7 @@ from rlhf_jax.errors import ServiceError, TrainingFault, UserError
 from rlhf_jax.runs import processes
 from rlhf_jax.runs.checkpoint import Checkpoints
 from rlhf_jax.training.common.signals import stop_requests
+from rlhf_jax.training.supervised import normalization
 
 # A function in Python runs in each process on its own rows; which row it is decides the score.
 REWARD = """
@@ -171,6 +174,35 @@ def test_two_processes_learn_what_one_does(layout, tmp_path):
     weights, of_one = (load_file(folder / "model" / "model.safetensors") for folder in (two, one))
     for name, value in of_one.items():
         assert_allclose(weights[name], value, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.soak
+def test_every_stage_in_two_processes_gives_the_bytes_of_one(tmp_path):
+    """With ``compute.blocks``; with ``mesh.fsdp`` it ends."""
+    stages.prepare(tmp_path)
+    command = [sys.executable, "tests/stages.py", tmp_path]
+    for count in (1, 2):
+        finish(launch(command, count, 2 // count, ["--processes"]))
+    for name in stages.RUNS:
+        two, one = (results(tmp_path / number / name) for number in ("two", "one"))
+        assert two, name
+        assert " fsdp" in name or two == one, name
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("place", ["row", "checkpoint"])
+@pytest.mark.parametrize("name", ["sft", "dpo"])
+def test_one_of_two_is_killed_and_the_run_goes_on_to_the_same_bytes(name, place, tmp_path):
+    stages.prepare(tmp_path)
+    command = [sys.executable, "tests/stages.py", tmp_path, name]
+    finish(launch(command, 1, 2, []))
+    survivor, killed = launch([*command, "--die", place], 2, 1, ["--processes"])
+    said, _ = survivor.communicate(timeout=processes.HEARTBEAT_SECONDS + 200)
+    assert killed.wait() == -signal.SIGKILL
+    assert survivor.returncode
+    assert re.search("another process has gone|unhealthy|heartbeat timeout", said), said
+    finish(launch([*command, "--resume"], 2, 1, ["--processes"]))
+    assert results(tmp_path / "two" / name) == results(tmp_path / "one" / name)
 
 
 def parts_of(step: int) -> dict[str, np.ndarray]:
@@ -361,6 +393,17 @@ def test_a_stage_reads_by_fetch_what_is_cut_over_processes(stage, apart, tmp_pat
     samples = metric_rows(tmp_path / "run", "samples.jsonl")
     assert samples
     assert stage != "dpo" or "log_ratio" in samples[0]
+
+
+def test_scores_that_are_cut_over_processes_are_normalised(apart):
+    """Under mesh.fsdp: scores 1, 2, 3 and 6 have mean 3 and variance 3.5."""
+    scores = np.array([[1.0], [2.0], [3.0], [6.0]], np.float32)
+    cut = sharding.shard_rows(sharding.make_mesh(2), scores)
+    ids = np.ones((4, 3), np.int32)
+    rollout = SimpleNamespace(tokens=ids, attention_mask=ids, response_mask=ids)
+    normalized = normalization.normalize(lambda params, _: cut, {"score": {}}, rollout)
+    head = jax.tree.map(float, normalized["score"])
+    assert head == pytest.approx({"gain": 3.5**-0.5, "shift": -3 * 3.5**-0.5})
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from jax.random import fold_in, permutation
 
 from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import logger
+from rlhf_jax.runs import processes
 from rlhf_jax.training.common import initial
 from rlhf_jax.training.supervised import scoring
 from rlhf_jax.training.supervised.job import Job, Learner
@@ -60,7 +61,7 @@ def normalize(
     unit = params["score"] | {"gain": jnp.float32(1.0), "shift": jnp.float32(0.0)}
     texts = (rollout.tokens, rollout.attention_mask, rollout.response_mask)
     comparisons = Comparisons(*(array[:, None] for array in texts))  # one answer a row
-    scores = np.asarray(score(params | {"score": unit}, comparisons), np.float64)  # [N, 1]
+    scores = np.float64(processes.fetch(score(params | {"score": unit}, comparisons)))  # [N, 1]
     mean = scores.mean()
     if np.ptp(scores) == 0.0:  # the deviation of equal numbers is not always 0 in floating point
         logger.info(
