@@ -145,9 +145,7 @@ RUNS: dict[str, Run] = {
     "grpo": sampled(
         "grpo", {"group_size": 4}, {"dynamic_sampling": 2, "validation_samples": 2}, reward=PARTS
     ),
-    "grpo talk": sampled(
-        "grpo", None, {"environment": "", "max_turns": 2, "max_new_tokens": 6}, reward=()
-    ),
+    "grpo talk": sampled("grpo", None, {"environment": "", "max_turns": 2, "max_new_tokens": 6}),
     "grpo lora fsdp": sampled("grpo", model="model", lora=LoRA(rank=2), **CUT),
     "distill": sampled("distill", {"teacher": "x"}, model="model", reward=()),
     "clip_cov": sampled("clip_cov"),

@@ -61,7 +61,8 @@ def normalize(
     unit = params["score"] | {"gain": jnp.float32(1.0), "shift": jnp.float32(0.0)}
     texts = (rollout.tokens, rollout.attention_mask, rollout.response_mask)
     comparisons = Comparisons(*(array[:, None] for array in texts))  # one answer a row
-    scores = np.float64(processes.fetch(score(params | {"score": unit}, comparisons)))  # [N, 1]
+    found = processes.fetch(score(params | {"score": unit}, comparisons))  # [N, 1]
+    scores = np.asarray(found, np.float64)
     mean = scores.mean()
     if np.ptp(scores) == 0.0:  # the deviation of equal numbers is not always 0 in floating point
         logger.info(
