@@ -211,6 +211,9 @@ def test_a_stopped_run_goes_on_with_the_same_rows_alone(stage, tmp_path):
 
 
 def test_processes_must_be_given_the_same_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "gather", lambda work: [work(), "another"])
-    with pytest.raises(UserError, match="read different data"):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        processes, "gather", lambda work: [facts := work(), facts | {"given": {"data": 3}}]
+    )
+    with pytest.raises(UserError, match="given.data is '16 rows' in process 0 and 3 in process 1"):
         start(stage_config(tmp_path, "sft"), "sft", data=TEXTS)

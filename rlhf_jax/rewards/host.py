@@ -7,6 +7,7 @@ reasons of a row stay together until ``on_host`` makes arrays of them.
 
 import contextlib
 import copy
+import itertools
 import math
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
@@ -75,6 +76,17 @@ class RowScores(NamedTuple):
         """[B] why each row with a response has no score; None: it has one, or no response."""
         faults = (x if isinstance(x, Unscored) else MISSING for x in self.scores)
         return [None if fault is MISSING else fault.reason for fault in faults]
+
+
+def joined(parts: Sequence[RowScores]) -> RowScores:
+    """The scores of the rows of all parts; rows of a part without a component have none of it."""
+    names = dict.fromkeys(itertools.chain(*(part.components for part in parts)))
+    components: Components = {name: [] for name in names}
+    for part in parts:
+        for name, scores in components.items():
+            scores += part.components.get(name, [MISSING] * len(part.scores))
+    scores = list(itertools.chain(*(part.scores for part in parts)))
+    return RowScores(np.concatenate([part.row_ids for part in parts]), scores, components)
 
 
 def _filled(scores: Sequence[Score], instead: float, mask: np.ndarray) -> np.ndarray:

@@ -74,16 +74,15 @@ def write_manifest(
       changed: what differs from the run that is resumed; if anything does, the manifest gets the
         new facts.
     """
-    packages = {name: metadata.version(name) for name in PACKAGES}
     machine: Row = {
         "backend": jax.default_backend(),
         "devices": {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), **mesh},
         "cpu": devices.cpu(),
         "threads": devices.num_threads(),
-        "versions": {"python": platform.python_version(), **packages},
+        "versions": versions(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
-    start = {"command": shlex.join(command_line()), **machine, "git": _git_state()}
+    start = {"command": shlex.join(command_line()), **machine, "git": git_state()}
     manifest = start | dict(facts)
     if run.resumed:
         manifest = read_json(run.manifest, Manifest)
@@ -177,7 +176,7 @@ def check_unchanged(
         allowed.append("data")
     manifest = read_json(run.manifest, Manifest)
     before = dotted(read_yaml(run.config, Settings)) | dotted(manifest.get("given", {}))
-    unequal = differences(before | _hashes(manifest.get("data", {})), after | _hashes(data))
+    unequal = differences(before | hashes(manifest.get("data", {})), after | hashes(data))
     changed = {key: text for key, text in unequal.items() if not within(_setting(key), may_change)}
     never = [_setting(key) for key in changed if within(_setting(key), fixed)]
     problems = [
@@ -198,7 +197,8 @@ def check_unchanged(
     return list(changed.values())
 
 
-def _hashes(fingerprints: Texts) -> dict[str, str]:
+def hashes(fingerprints: Texts) -> dict[str, str]:
+    """The fingerprints as messages show them."""
     return {f"sha256 of {name}": digest[:12] for name, digest in fingerprints.items()}
 
 
@@ -244,7 +244,13 @@ def dotted(value: Any, prefix: str = "") -> Row:
     return keys
 
 
-def _git_state() -> Row | None:
+def versions() -> dict[str, str]:
+    """Of Python and of `PACKAGES`, by name."""
+    packages = {name: metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), **packages}
+
+
+def git_state() -> Row | None:
     """The commit of this package's checkout, and whether files differ from it; None without one."""
     here = Path(__file__)
 

@@ -13,6 +13,7 @@ import atexit
 import itertools
 import json
 import os
+import pickle
 import re
 import signal
 import sys
@@ -115,6 +116,18 @@ def own_rows(batch: T) -> T:
 def gather_rows(tree: T) -> T:
     """The NumPy rows [B, ...] of all processes, from the ``own_rows`` of each."""
     return tree if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)
+
+
+def gather_objects(value: T) -> list[T]:
+    """The values of all processes, whatever their forms and sizes."""
+    if jax.process_count() == 1:
+        return [value]
+    own = np.frombuffer(pickle.dumps(value), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(own)))
+    # A power of two, because each size is compiled.
+    padded = np.pad(own, (0, (1 << int(max(sizes)).bit_length()) - len(own)))
+    rows = zip(multihost_utils.process_allgather(padded), sizes, strict=True)
+    return [pickle.loads(row[:size].tobytes()) for row, size in rows]
 
 
 def agree(work: Callable[[], T]) -> T:

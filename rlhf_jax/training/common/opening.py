@@ -5,6 +5,7 @@ to resume.
 import contextlib
 import dataclasses
 import errno
+import functools
 import math
 import zlib
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,7 @@ from rlhf_jax.config.yaml_files import dotted_keys, dumped
 from rlhf_jax.errors import TrainingFault, UserError, disk_fault, logger
 from rlhf_jax.parallel import sharding
 from rlhf_jax.runs import folder, keeping, manifest, objects, processes, reading, writing
+from rlhf_jax.runs.reading import Row
 from rlhf_jax.training.common import initial, memory, rates
 from rlhf_jax.training.common.layout import Layout, layout_of
 from rlhf_jax.types import AlgorithmConfig
@@ -128,12 +130,18 @@ def open_run(
 
     Raises:
         UserError: the folder is used or locked, the run to resume is another one, or processes
-            read different data.
+            have different settings, files, versions or run folders.
         TrainingFault: the disk or the device's memory is full, now or at any time while the run
             is open.
     """
-    if len({*processes.gather(lambda: str([*fingerprints.values()]))}) > 1:
-        raise UserError("processes of one run read different data; give them the same")
+
+    @functools.cache  # models are large
+    def read() -> tuple[dict[str, str], Row]:
+        python = {key: objects.describe(value) for key, value in given.items() if value is not None}
+        return {**fingerprints, **fingerprints_of(config, files)}, python
+
+    if jax.process_count() > 1:
+        _compare(name, config, *read())
     path = run_folder(config, name)
     with folder.open_run(path, resume=config.resume, overwrite=config.overwrite) as opened:
         if opened.resumed:
@@ -141,7 +149,7 @@ def open_run(
         config = _decided(config, name, opened)
         run = OpenRun(name, opened, config, layout_of(config))
         with _explained(run, sizes):
-            processes.in_first(lambda: _describe(run, fingerprints, files, given))
+            processes.in_first(lambda: _describe(run, *read()))
         mesh = run.layout.mesh
         in_mesh = jax.set_mesh(mesh) if sharding.is_set(mesh) else contextlib.nullcontext()
         full = jax.default_matmul_precision("highest")
@@ -222,12 +230,27 @@ def fingerprints_of(config: RunConfig, files: Mapping[str, Path]) -> dict[str, s
     return {key: manifest.fingerprint(path) for key, path in sources.items()}
 
 
-def _describe(
-    run: OpenRun,
-    fingerprints: Mapping[str, str],
-    files: Mapping[str, Path],
-    given: Mapping[str, Any],
-) -> None:
+def _compare(name: str, config: RunConfig, data: Mapping[str, str], python: Row) -> None:
+    """Raises UserError in every process of a run unless all would do the same."""
+    # Of the model only the fingerprint: hosts may keep it in different places.
+    elsewhere = {"model": None, "output_dir": None, "processes": None}
+    facts = {"stage": name, **to_dict(config), **elsewhere, **manifest.hashes(data)}
+    facts |= {"given": python, "versions": manifest.versions(), "git": manifest.git_state()}
+    facts |= {"backend": jax.default_backend(), "devices of a process": jax.local_device_count()}
+    first, *others = processes.gather(lambda: facts)
+    for number, other in enumerate(others, start=1):
+        differ = [
+            f"{key} is {value} in process 0 and {of_other} in process {number}"
+            for key, (value, of_other) in manifest.unequal(first, other).items()
+        ]
+        if differ:
+            raise UserError(
+                f"processes of one run differ: {'; '.join(differ)}. Start all of them with the "
+                "same command, files and versions"
+            )
+
+
+def _describe(run: OpenRun, data: Mapping[str, str], python: Row) -> None:
     """Writes the run's settings, files and given objects, or compares them with those of the run to
     resume.
     """
@@ -249,8 +272,6 @@ def _describe(
                 f"none here: {names}. Go on with that version, or start a new run with another "
                 "--output-dir"
             )
-    data = {**fingerprints, **fingerprints_of(config, files)}
-    python = {key: objects.describe(value) for key, value in given.items() if value is not None}
     unknown = [
         f"{key} ({value.removeprefix(objects.UNKNOWN).removeprefix(': ')})"
         for key, value in manifest.dotted(python).items()

@@ -2,7 +2,6 @@
 responses.
 """
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from rlhf_jax import iteration
 from rlhf_jax.data import batches
 from rlhf_jax.errors import TrainingFault, logger
 from rlhf_jax.graders import spec
-from rlhf_jax.rewards.host import Unscored, row_scores, with_scores
+from rlhf_jax.rewards.host import Unscored, joined, row_scores, with_scores
 from rlhf_jax.runs import processes
 from rlhf_jax.training.common.layout import Layout
 from rlhf_jax.training.rl.inputs import Guarded
@@ -46,22 +45,15 @@ def score_on_host(
     before: Any = processes.fetch(rollout)
     own_rollout: Any = processes.own_rows(before)
     own_columns = batches.columns_at(batch.prompts, processes.own_rows(batch.rows))
-    own_reasons: list[str | None] = []
-    own_parts: list[str] = []  # each as often as it had no score
-
-    def score_own() -> tuple[Rollout, dict[str, np.ndarray]]:
-        said = row_scores(host_reward, own_rollout, own_columns)
-        own_reasons.extend(said.reasons())
-        for score in said.scores:
-            own_parts.extend(score.parts if isinstance(score, Unscored) else ())
-        return with_scores(own_rollout, said)
-
     try:
+        own = processes.agree(lambda: row_scores(host_reward, own_rollout, own_columns))
+        said = joined(processes.gather_objects(own))
         after: Any
-        after, components = processes.gather_rows(processes.agree(score_own))
+        after, components = with_scores(before, said)
         unscored = np.sum(before.present) - np.sum(after.present)
-        of_processes = processes.gather(lambda: (own_reasons, own_parts))
-        reasons, parts = (list(itertools.chain(*told)) for told in zip(*of_processes, strict=True))
+        reasons = said.reasons()
+        # Each part as often as it had no score.
+        parts = [part for x in said.scores if isinstance(x, Unscored) for part in x.parts]
         say_reasons(reasons, told)
         guard_metrics: Metrics = {}
         verdicts = None
@@ -70,8 +62,6 @@ def score_on_host(
             after, guard_metrics, verdicts = guard(before, scored=after, columns=columns)
     except FloatingPointError as error:
         raise TrainingFault(str(error)) from error
-    if not np.array_equal(after.row_ids, before.row_ids):
-        raise TrainingFault("the scores of the processes are not in the order of their rows")
     scores, components = jax.tree.map(jnp.asarray, (after.scores, components))
     has_score = {
         name: ~jnp.any(jnp.isnan(values).reshape(len(values), -1), axis=1)
