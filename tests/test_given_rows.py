@@ -215,5 +215,5 @@ def test_processes_must_be_given_the_same_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(
         processes, "gather", lambda work: [facts := work(), facts | {"given": {"data": 3}}]
     )
-    with pytest.raises(UserError, match="given.data is '16 rows' in process 0 and 3 in process 1"):
+    with pytest.raises(UserError, match=r"given\.data is '16 rows' in process 0 and 3 in"):
         start(stage_config(tmp_path, "sft"), "sft", data=TEXTS)

@@ -1,0 +1,299 @@
+"""What the processes of one run compare before the first step, and the scores of all, which are
+those of one process.
+"""
+
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental import multihost_utils
+
+from rlhf_jax import Rollout
+from rlhf_jax.config import RLStage, RunConfig, Tokenizer
+from rlhf_jax.data.encoding import EncodedPrompts
+from rlhf_jax.data.rows import Row
+from rlhf_jax.errors import UserError
+from rlhf_jax.graders import spec
+from rlhf_jax.rewards import Unscored
+from rlhf_jax.runs import folder, manifest, processes
+from rlhf_jax.training.common import opening
+from rlhf_jax.training.rl.host import score_on_host
+from rlhf_jax.training.rl.schedule import Batch
+
+
+class Threads:
+    """Threads that take the parts of a run's processes."""
+
+    def __init__(self, count, monkeypatch):
+        self.count = count
+        self.own = threading.local()
+        self.barrier = threading.Barrier(count, timeout=20)
+        self.given = [None] * count
+        monkeypatch.setattr(jax, "process_count", lambda: count)
+        monkeypatch.setattr(jax, "process_index", lambda: self.own.number)
+        monkeypatch.setattr(multihost_utils, "process_allgather", self.allgather)
+        monkeypatch.setattr(processes, "gather", self.gather)
+
+    def exchange(self, value):
+        self.given[self.own.number] = value
+        self.barrier.wait()
+        found = [*self.given]
+        self.barrier.wait()
+        return found
+
+    def allgather(self, tree, tiled=False):
+        trees = self.exchange(tree)
+        assert len({jax.tree.structure(tree) for tree in trees}) == 1, "a run would stand"
+        assert len({str(jax.tree.map(np.shape, tree)) for tree in trees}) == 1, "gloo would abort"
+        return jax.tree.map(lambda *rows: (np.concatenate if tiled else np.stack)(rows), *trees)
+
+    def gather(self, work):
+        return [json.loads(text) for text in self.exchange(json.dumps(work()))]
+
+    def run(self, work):
+        """The results of all, the first one's first."""
+
+        def one(number):
+            self.own.number = number
+            return work()
+
+        with ThreadPoolExecutor(self.count) as pool:
+            return [*pool.map(one, range(self.count))]
+
+
+# --- Scores
+
+
+B, T = 4, 5
+
+
+def scored(reward, **fields):
+    """What becomes of four rows of 1 to 4 tokens behind a prompt of one token."""
+    mask = np.int32([[0, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 1, 1, 1, 1]])
+    blank = np.zeros((B, T), np.float32)
+    rollout = Rollout(np.ones((B, T), np.int32), np.ones((B, T), np.int32), mask, blank)
+    rollout = rollout.replace(row_ids=np.arange(B, dtype=np.int32))
+    ones = np.ones((B, 1), np.int32)
+    prompts = EncodedPrompts(ones, ones, [Row("a", (), "")] * B, (), {})
+    layout = SimpleNamespace(shard=lambda batch: batch)
+    reward = spec.Reward(host=reward, **fields)
+    batch = Batch(prompts, np.arange(B), jax.random.key(0))
+    return score_on_host(layout, reward, None, rollout, batch, set())
+
+
+def by_row(scores, **components):
+    """A reward that looks up the values of rows by their ids. Only components with a value."""
+
+    def reward(rollout, columns):
+        rows = rollout.row_ids.tolist()
+        found = {name: [of[row] for row in rows] for name, of in components.items()}
+        some = {n: v for n, v in found.items() if any(x is not None for x in v)}
+        return [scores[row] for row in rows], some
+
+    return reward
+
+
+REWARDS = {
+    "of two names": by_row([1, 2, 3, 4], good=[1, 2, None, None], bad=[None, None, 5, 6]),
+    "in the first": by_row([1, 2, 3, 4], good=[1, 2, None, None]),
+    "in the second": by_row([1, 2, 3, 4], good=[None, None, 5, None]),
+    "scores at tokens in the second": by_row([1, 2, [1.0] * T, 4]),
+    "parts at tokens in the first": by_row([1, 2, 3, 4], good=[[0.5] * T, 2, 3, 4]),
+    "no score in the first": by_row([None, None, [1.0] * T, 4], good=[None, None, 3, 4]),
+    "no score": by_row([None] * 4),
+    "reasons": by_row([Unscored("late", ("a",)), 1, Unscored("early", ("a", "b")), None]),
+    "nothing else": by_row([1, 2, 3, 4]),
+}
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_scores_of_two_processes_are_those_of_one(name, monkeypatch):
+    def work():
+        return scored(REWARDS[name], weights={"a": 1.0, "b": 2.0})
+
+    alone = work()
+    for found in Threads(2, monkeypatch).run(work):
+        assert found.reasons == alone.reasons
+        assert [*found.metrics] == [*alone.metrics]
+        for key, value in alone.metrics.items():
+            np.testing.assert_array_equal(found.metrics[key], value, key)
+        one, all_ = (jax.tree.leaves_with_path(x.rollout) for x in (alone, found))
+        assert str(jax.tree.structure(found.rollout)) == str(jax.tree.structure(alone.rollout))
+        for (path, value), (_, other) in zip(one, all_, strict=True):
+            np.testing.assert_array_equal(other, value, str(path))
+
+
+def test_parts_that_one_process_has_are_counted_over_their_rows(monkeypatch):
+    for found in Threads(2, monkeypatch).run(lambda: scored(REWARDS["of two names"])):
+        metrics = {key: float(value) for key, value in found.metrics.items()}
+        assert (metrics["reward/good"], metrics["reward/rows/good"]) == (1.5, 2)
+        assert (metrics["reward/bad"], metrics["reward/rows/bad"]) == (5.5, 2)
+    for found in Threads(2, monkeypatch).run(
+        lambda: scored(REWARDS["scores at tokens in the second"])
+    ):
+        rows = found.rollout.rewards.tolist()
+        assert rows == [[0, 1, 0, 0, 0], [0, 0, 2, 0, 0], [0, 1, 1, 1, 0], [0, 0, 0, 0, 4]]
+
+
+def test_objects_of_any_size_are_gathered(monkeypatch):
+    threads = Threads(3, monkeypatch)
+    wanted = [{"a": "x" * 1000 * number, "b": np.arange(number)} for number in range(3)]
+    for found in threads.run(lambda: processes.gather_objects(wanted[threads.own.number])):
+        assert str(found) == str(wanted)
+
+
+# --- What is compared before the first step
+
+
+def facts_of(config, name="vpg", fingerprints=(("data.json", "1" * 64),), given=()):
+    """What a process of this run tells the others."""
+    told = []
+
+    def gather(work):
+        told.append(json.loads(json.dumps(work())))
+        raise UserError("enough")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "process_count", lambda: 2)
+        patch.setattr(processes, "gather", gather)
+        with (
+            pytest.raises(UserError, match="enough"),
+            opening.open_run(config, name, dict(fingerprints), given=dict(given)),
+        ):
+            pass
+    return told[0]
+
+
+def compared(config, facts, monkeypatch):
+    """Opens the run of the first process beside others that told these facts."""
+    monkeypatch.setattr(jax, "process_count", lambda: 1 + len(facts))
+    monkeypatch.setattr(processes, "gather", lambda work: json.loads(json.dumps([work(), *facts])))
+    monkeypatch.setattr(folder, "open_run", lambda *args, **how: pytest.fail("it took the folder"))
+    with opening.open_run(config, "vpg", {"data.json": "1" * 64}):
+        pass
+
+
+@pytest.fixture
+def config(tmp_path):
+    return RunConfig(output_dir=str(tmp_path / "run"), tokenizer=Tokenizer(kind="characters"))
+
+
+RL = RLStage()
+OTHERS = {
+    "seed": {"seed": 3},
+    "reward": {"reward": ("length",)},
+    "rl.num_iterations": {"rl": replace(RL, num_iterations=7)},
+    "rl.batch_size": {"rl": replace(RL, batch_size=8)},
+    "rl.optimizer.learning_rate": {
+        "rl": replace(RL, optimizer=replace(RL.optimizer, learning_rate=0.1))
+    },
+    "resume": {"resume": True},
+    "overwrite": {"overwrite": True},
+    "track": {"track": ("tensorboard",)},
+}
+
+
+@pytest.mark.parametrize("key", OTHERS)
+def test_other_settings_of_a_process_are_named_with_both_values(key, config, monkeypatch):
+    other = facts_of(replace(config, **OTHERS[key]))
+    same = facts_of(config)
+    values = [manifest.dotted(facts)[key] for facts in (same, other)]
+    with pytest.raises(UserError) as caught:
+        compared(config, [same, other], monkeypatch)
+    first, second = map(repr, values)
+    assert f": {key} is {first} in process 0 and {second} in process 2. " in str(caught.value)
+    assert not Path(config.output_dir).exists()
+
+
+def test_what_else_the_processes_of_a_run_compare(config, tmp_path, monkeypatch):
+    """Data, models, given objects, versions, revision, devices and the stage."""
+    same = facts_of(config)
+    models = [tmp_path / name for name in "ab"]
+    for model in models:
+        model.mkdir()
+        (model / "weights").write_text("1")
+    facts = [facts_of(replace(config, model=str(model))) for model in models]
+    assert facts[0] == facts[1]  # the same model in another place
+    (models[1] / "weights").write_text("2")
+    other_model = facts_of(replace(config, model=str(models[1])))
+    assert facts[0] != other_model
+    monkeypatch.setattr(manifest, "git_state", lambda: {"commit": "c0ffee", "modified": False})
+    revision = facts_of(config)
+    monkeypatch.undo()
+    monkeypatch.setattr(jax, "local_device_count", lambda: 3)
+    devices = facts_of(config)
+    monkeypatch.undo()
+    for word, other in {
+        "sha256 of model": other_model,
+        "sha256 of data.json": facts_of(config, fingerprints={"data.json": "2" * 64}.items()),
+        "given.optimizer": facts_of(config, given={"optimizer": 3}.items()),
+        "stage": facts_of(config, "sft"),
+        "versions.jax": same | {"versions": same["versions"] | {"jax": "0.1"}},
+        "git": revision,
+        "devices of a process": devices,
+    }.items():
+        with pytest.raises(UserError, match=f"{word}.* in process 0 and .* in process 1"):
+            compared(config, [other], monkeypatch)
+
+
+def test_processes_may_see_a_run_at_other_places(config, monkeypatch):
+    other = facts_of(replace(config, output_dir="elsewhere", processes="h:1,2,1"))
+    with pytest.raises(pytest.fail.Exception, match="took the folder"):  # they agree
+        compared(config, [other], monkeypatch)
+
+
+def test_a_run_of_one_process_reads_its_models_once(config, tmp_path, monkeypatch):
+    """And not before it has its folder, because they are large."""
+    read = []
+    whole = opening.fingerprints_of
+    monkeypatch.setattr(opening, "fingerprints_of", lambda *a: read.append(a) or whole(*a))
+    with opening.open_run(config, "vpg", {}):
+        assert len(read) == 1
+    with pytest.raises(UserError, match="holds files"), opening.open_run(config, "vpg", {}):
+        pass
+    assert len(read) == 1
+
+
+# --- The run folder
+
+
+def test_a_folder_that_only_the_first_process_sees(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "SEEN_SECONDS", 0.2)
+    threads = Threads(2, monkeypatch)
+
+    def in_first(work):
+        return threads.gather(lambda: work() if threads.own.number == 0 else None)[0]
+
+    monkeypatch.setattr(processes, "in_first", in_first)
+    monkeypatch.setattr(processes, "agree", lambda work: work())
+
+    def work(place):
+        try:
+            with folder.open_run(place()):
+                return "seen"
+        except UserError as error:
+            return str(error)
+
+    assert threads.run(lambda: work(lambda: tmp_path / "shared")) == ["seen"] * 2
+    said = threads.run(lambda: work(lambda: tmp_path / f"own{threads.own.number}"))
+    assert said[0] == "seen"  # as `agree` is replaced, it does not hear of the other
+    assert "own1" in said[1]
+    assert "share" in said[1]
+
+
+def test_a_folder_that_is_seen_a_little_later(tmp_path):
+    threading.Timer(0.2, (tmp_path / "mark").touch).start()
+    folder._see(tmp_path, "mark")
+
+
+def test_the_mark_in_a_run_folder_goes_with_the_run(tmp_path):
+    with folder.open_run(tmp_path):
+        assert len([*tmp_path.glob(".*.unfinished")]) == 1
+    assert folder.is_unused(tmp_path)
+    assert not [*tmp_path.iterdir()]
