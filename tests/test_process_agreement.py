@@ -290,10 +290,3 @@ def test_a_folder_that_only_the_first_process_sees(tmp_path, monkeypatch):
 def test_a_folder_that_is_seen_a_little_later(tmp_path):
     threading.Timer(0.2, (tmp_path / "mark").touch).start()
     folder._see(tmp_path, "mark")
-
-
-def test_the_mark_in_a_run_folder_goes_with_the_run(tmp_path):
-    with folder.open_run(tmp_path):
-        assert len([*tmp_path.glob(".*.unfinished")]) == 1
-    assert folder.is_unused(tmp_path)
-    assert not [*tmp_path.iterdir()]

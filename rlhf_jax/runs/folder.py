@@ -100,6 +100,8 @@ def open_run(path: str | Path, *, resume: bool = False, overwrite: bool = False)
         resumed, was_empty, mark = processes.in_first(lambda: _take(path, resume, overwrite, stack))
         try:
             processes.agree(lambda: _see(path, mark))
+            if processes.is_first():
+                (path / mark).unlink()
             yield Run(path, resumed)
         except UserError:
             # Nothing has been computed yet, and the corrected command needs a free folder.
@@ -112,7 +114,7 @@ def _take(
     path: Path, resume: bool, overwrite: bool, stack: contextlib.ExitStack
 ) -> tuple[bool, bool, str]:
     """Takes the folder until the stack closes. Is there a checkpoint, is the folder empty, and the
-    name of a new file in it.
+    name of a new file in it, which shows other processes that it is this folder.
     """
     check_usable(path, resume=resume, overwrite=overwrite)
     try:
@@ -135,7 +137,6 @@ def _take(
             f"--resume: {path} holds no complete checkpoint; the run starts from the beginning"
         )
     mark = path / f".{secrets.token_hex(8)}.unfinished"
-    stack.callback(mark.unlink, missing_ok=True)
     with file_errors(mark):
         mark.touch()
     return resumed, is_unused(path), mark.name
