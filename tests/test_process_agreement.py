@@ -3,6 +3,8 @@ those of one process.
 """
 
 import json
+import re
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -12,6 +14,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from builders import TINY, launch, metric_rows
 from jax.experimental import multihost_utils
 
 from rlhf_jax import Rollout
@@ -290,3 +293,64 @@ def test_a_folder_that_only_the_first_process_sees(tmp_path, monkeypatch):
 def test_a_folder_that_is_seen_a_little_later(tmp_path):
     threading.Timer(0.2, (tmp_path / "mark").touch).start()
     folder._see(tmp_path, "mark")
+
+
+# --- Real processes
+
+REWARD = """
+import jax
+
+def parts(prompts, responses, completion_ids):
+    if jax.process_index() == 0:
+        return [1.0] * len(prompts), {"good": [1.0] * len(prompts)}
+    return [[0.5] * len(ids) for ids in completion_ids], {"bad": [2.0] * len(prompts)}
+"""
+# Each of two processes: runs that are refused before the first step, and one that is not.
+IN_PROCESSES = """
+import sys
+from rlhf_jax import config, errors, training
+from rlhf_jax.algorithms import vpg
+from rlhf_jax.runs import folder
+tiny, place, reward = sys.argv[1], sys.argv[-1], sys.argv[2]
+folder.SEEN_SECONDS = 1
+own = int(place[-1])
+
+for name, *flags in (
+    ("rate", *["--rl.optimizer.learning-rate", "0.1"] * own),
+    ("batch", *["--rl.batch-size", "16"] * own),
+    ("iterations", *["--rl.num-iterations", "3"] * own),
+    ("seed", *["--seed", "3"] * own),
+    ("folder", "--output-dir", f"{reward}.{own}"),
+    ("parts", "--reward", f"{reward}:parts"),
+):
+    flags = ["--output-dir", f"{reward}s", "--rl.num-iterations", "2", *flags]
+    flags = ["--config", tiny, "--rl.batch-size", "8", "--rl.max-new-tokens", "6", *flags]
+    flags = [*flags, "--network.num-layers", "1", "--rl.validation-interval", "100"]
+    try:
+        training.rl.run(config.parse(config.RunConfig, [*flags, "--processes", place]), vpg)
+    except errors.UserError as error:
+        print(f"{name}: {error}", file=sys.stderr, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_that_differ(tmp_path):
+    file = tmp_path / "reward.py"
+    file.write_text(REWARD)
+    running = launch([sys.executable, "-c", IN_PROCESSES, TINY, file], 2, 1, [])
+    said = [process.communicate(timeout=600)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0], said
+    for text in said:
+        for line in (
+            r"rate: .*rl\.optimizer\.learning_rate is 0\.001 in process 0 and 0\.1 in process 1",
+            r"batch: .*rl\.batch_size is 8 in process 0 and 16 in process 1",
+            r"iterations: .*rl\.num_iterations is 2 in process 0 and 3 in process 1",
+            r"seed: .*seed is 0 in process 0 and 3 in process 1",
+            r"folder: .*reward\.py\.1.* does not see the run folder",
+        ):
+            assert re.search(f"^{line}", text, re.MULTILINE), (line, text)
+        assert "parts:" not in text
+    assert not (tmp_path / "reward.py.0" / "metrics.jsonl").exists()
+    last = metric_rows(tmp_path / "reward.pys")[-1]
+    parts = {key: value for key, value in last.items() if key.startswith("reward/parts/")}
+    assert parts == {"reward/parts/good": 1.0, "reward/parts/bad": 2.0}
