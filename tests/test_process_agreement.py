@@ -76,7 +76,7 @@ class Threads:
 B, T = 4, 5
 
 
-def scored(reward, **fields):
+def scored(reward, guard=None, **fields):
     """What becomes of four rows of 1 to 4 tokens behind a prompt of one token."""
     mask = np.int32([[0, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 1, 1, 1, 1]])
     blank = np.zeros((B, T), np.float32)
@@ -87,7 +87,7 @@ def scored(reward, **fields):
     layout = SimpleNamespace(shard=lambda batch: batch)
     reward = spec.Reward(host=reward, **fields)
     batch = Batch(prompts, np.arange(B), jax.random.key(0))
-    return score_on_host(layout, reward, None, rollout, batch, set())
+    return score_on_host(layout, reward, guard, rollout, batch, set())
 
 
 def by_row(scores, **components):
@@ -142,6 +142,21 @@ def test_parts_that_one_process_has_are_counted_over_their_rows(monkeypatch):
     ):
         rows = found.rollout.rewards.tolist()
         assert rows == [[0, 1, 0, 0, 0], [0, 0, 2, 0, 0], [0, 1, 1, 1, 0], [0, 0, 0, 0, 4]]
+
+
+def test_the_filter_of_the_first_process_counts(monkeypatch):
+    """A classifier may answer each process differently; all must drop the same rows."""
+    threads = Threads(2, monkeypatch)
+
+    def guard(before, *, scored, columns):
+        number = threads.own.number
+        mask = scored.response_mask.copy()
+        mask[number] = 0
+        return scored.replace(response_mask=mask), {"safety/unsafe": np.float32(number)}, [{}] * B
+
+    for found in threads.run(lambda: scored(REWARDS["nothing else"], guard)):
+        assert np.asarray(found.rollout.present).tolist() == [False, True, True, True]
+        assert found.metrics["safety/unsafe"] == 0
 
 
 def test_objects_of_any_size_are_gathered(monkeypatch):

@@ -59,7 +59,9 @@ def score_on_host(
         verdicts = None
         if guard is not None:
             columns = batches.columns_at(batch.prompts, batch.rows)
-            after, guard_metrics, verdicts = guard(before, scored=after, columns=columns)
+            # A classifier, which every process calls, may give others another answer.
+            filtered = processes.agree(lambda: guard(before, scored=after, columns=columns))
+            after, guard_metrics, verdicts = processes.gather_objects(filtered)[0]
     except FloatingPointError as error:
         raise TrainingFault(str(error)) from error
     scores, components = jax.tree.map(jnp.asarray, (after.scores, components))
