@@ -86,7 +86,8 @@ def joined(parts: Sequence[RowScores]) -> RowScores:
         for name, scores in components.items():
             scores += part.components.get(name, [MISSING] * len(part.scores))
     scores = list(itertools.chain(*(part.scores for part in parts)))
-    return RowScores(np.concatenate([part.row_ids for part in parts]), scores, components)
+    ids = [part.row_ids for part in parts if part.row_ids is not None]
+    return RowScores(np.concatenate(ids) if ids else None, scores, components)
 
 
 def _filled(scores: Sequence[Score], instead: float, mask: np.ndarray) -> np.ndarray:
