@@ -27,7 +27,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from rlhf_jax import grpo, iteration, models, ppo, training, vpg
-from rlhf_jax.cli import verify
+from rlhf_jax.cli.stages import find_algorithm
 from rlhf_jax.config import (
     DPOStage,
     KTOStage,
@@ -412,7 +412,7 @@ def script(path):
 def run_stage(config, name):
     if name in TASKS:
         return supervised.run(config, TASKS[name]).folder
-    return training.rl.run(config, verify.METHODS[name]).folder
+    return training.rl.run(config, find_algorithm(name)).folder
 
 
 def run_ppo(config):

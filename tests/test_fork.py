@@ -1,11 +1,14 @@
 """``rlhf-jax fork``: the trunk's bits are the run's, and what differs after it is the change."""
 
+import contextlib
+import itertools
 import json
 import re
 import shlex
 import shutil
 import signal
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,8 +17,11 @@ import yaml
 from builders import letters_stage, run_stage
 
 from rlhf_jax import cli
+from rlhf_jax.cli import verify
 from rlhf_jax.cli.fork import fork
+from rlhf_jax.config import RunConfig
 from rlhf_jax.errors import Stopped, UserError
+from rlhf_jax.runs import writing
 from rlhf_jax.runs.checkpoint import Checkpoints
 from rlhf_jax.training.supervised import reading
 from rlhf_jax.training.supervised.job import Job
@@ -228,7 +234,7 @@ def test_folders_are_refused_before_anything_is_read(run, tmp_path):
         fork(run, 4, run / "fork")
     (tmp_path / "x").touch()
     with pytest.raises(UserError, match="holds files already"):
-        fork(run, 4, tmp_path)
+        fork(run, 4, tmp_path, trust_config=True)
     damaged = shutil.copytree(run, tmp_path / "damaged")
     [file] = (damaged / "checkpoints" / "4" / "state" / "d").iterdir()
     content = bytearray(file.read_bytes())
@@ -236,6 +242,124 @@ def test_folders_are_refused_before_anything_is_read(run, tmp_path):
     file.write_bytes(content)
     with pytest.raises(UserError, match=r"checkpoints/4 is not as it was in the run: .*damaged"):
         fork(damaged, 4, tmp_path / "fork", trust_config=True)
+
+
+class Killed(BaseException):
+    """No handler of errors sees it, as none sees SIGKILL."""
+
+
+def killed_at(patch, last, moves=False):
+    """The file number ``last`` is copied by half, or not moved, and then the process is gone."""
+    count = itertools.count(1)
+    copy, move = shutil.copyfile, Path.rename
+
+    def copying(source, target, **how):
+        if not moves and next(count) == last:
+            Path(target).write_bytes(Path(source).read_bytes()[: Path(source).stat().st_size // 2])
+            raise Killed
+        return copy(source, target, **how)
+
+    def moving(source, target):
+        if moves and next(count) == last:
+            raise Killed
+        return move(source, target)
+
+    patch.setattr(shutil, "copyfile", copying)
+    patch.setattr(Path, "rename", moving)
+    patch.setattr(writing, "delete", lambda *_, **__: None)  # of what is unfinished
+    patch.setattr(verify, "train", stop)
+
+
+def stop(*_):
+    raise Killed
+
+
+def texts(folder):
+    """{name: content} of the files of a copy."""
+    files = {path for path in folder.rglob("*") if path.is_file()}
+    names = {path: path.relative_to(folder).as_posix() for path in files}
+    return {name: path.read_bytes() for path, name in names.items() if name[0] != "."}
+
+
+def test_a_copy_killed_at_any_file_or_move_is_no_run(run, tmp_path, monkeypatch):
+    """Nothing has a name before all is copied, and the manifest gets its name last."""
+    facts = {"fork": {"run": str(run), "step": 4, "changes": []}}
+
+    def kill(name, *at):
+        with monkeypatch.context() as patch:
+            killed_at(patch, *at)
+            with contextlib.suppress(Killed):
+                verify.copy_start(run, tmp_path / name, RunConfig(), 4, facts)
+        return texts(tmp_path / name)
+
+    whole = kill("whole", 0)
+    assert json.loads(whole["manifest.json"]) == facts
+    for number in range(1, len(whole) - 1):  # all but config.yaml and manifest.json
+        ours = f"copy_{number}"
+        assert kill(ours, number) == {}
+        assert len(list((tmp_path / ours).iterdir())) == 1  # what is unfinished
+        assert kill(ours, 0) == whole
+    entries = {name.partition("/")[0] for name in whole}
+    for number in range(1, len(entries) + 1):
+        left = kill(f"move_{number}", number, True)
+        assert len({name.partition("/")[0] for name in left}) == number - 1
+        assert "manifest.json" not in left
+
+
+def test_after_a_kill_in_the_copy_the_same_command_goes_on_or_says_what_to_do(
+    run, tmp_path, monkeypatch
+):
+    def kill(*at):
+        with monkeypatch.context() as patch:
+            killed_at(patch, *at)
+            with pytest.raises(Killed):
+                fork(run, 4, tmp_path / "fork", ["sft.batch_size=3"], trust_config=True)
+        return texts(tmp_path / "fork")
+
+    assert kill(3) == {}
+    assert kill(1, True) == {}
+    assert "manifest.json" not in kill(2, True)
+    with pytest.raises(UserError, match="holds files already; choose another --output-dir"):
+        kill(0)
+
+
+def test_a_fork_killed_before_its_training_goes_on_with_the_change(run, tmp_path, monkeypatch):
+    """By the command of the docs, or by the same command again, which another one is not."""
+    rate = ["sft.optimizer.learning_rate=0.5"]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(verify, "train", stop)
+        with pytest.raises(Killed):
+            fork(run, 4, tmp_path / "killed", rate, trust_config=True)
+    again = shutil.copytree(tmp_path / "killed", tmp_path / "again")
+    config = ["--config", str(again / "config.yaml"), "--output-dir", str(again), "--resume"]
+    assert not cli.run(["sft", *config, "--trust-config"])
+    before = contents(tmp_path / "killed")
+    for at, other in ((4, []), (6, rate)):
+        with pytest.raises(UserError, match="holds files already; choose another --output-dir"):
+            fork(run, at, tmp_path / "killed", other, trust_config=True)
+    assert contents(tmp_path / "killed") == before
+    fork(run, 4, tmp_path / "killed", rate, trust_config=True)
+    assert rows(again) == rows(tmp_path / "killed") != rows(run)
+    for ours in (again, tmp_path / "killed"):
+        settings = yaml.safe_load((ours / "config.yaml").read_text())
+        assert settings["sft"]["optimizer"]["learning_rate"] == 0.5
+        assert changes(ours) == ["sft.optimizer.learning_rate"]
+    fork(run, 4, tmp_path / "killed", rate, trust_config=True)  # it is done: it compares
+    assert rows(again) == rows(tmp_path / "killed")
+
+
+def test_of_two_forks_at_once_the_second_replaces_nothing(run, tmp_path, monkeypatch):
+    """It was begun before the first had its files."""
+    ours = tmp_path / "fork"
+    monkeypatch.setattr(verify, "train", stop)
+    with pytest.raises(Killed):
+        fork(run, 4, ours, trust_config=True)
+    before = contents(ours)
+    monkeypatch.setattr("rlhf_jax.cli.fork.folder.is_unused", lambda _: True)
+    with pytest.raises(UserError, match="cannot be written: Directory not empty"):
+        fork(run, 4, ours, trust_config=True)
+    assert contents(ours) == before
 
 
 @pytest.mark.slow

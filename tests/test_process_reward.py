@@ -30,7 +30,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
 from rlhf_jax import TrainState, gradient_step, grpo, models, reward_model, rewards, training
-from rlhf_jax.cli.verify import METHODS
+from rlhf_jax.cli.stages import find_algorithm
 from rlhf_jax.config import Compute, RewardModelStage
 from rlhf_jax.data import batches, encoding, formats
 from rlhf_jax.data.tokenizers import characters, load_tokenizer
@@ -466,7 +466,7 @@ def test_runs_with_rewards_of_steps_resume_to_the_same_bytes(name, stage, tmp_pa
     config = rl_config(stage, tmp_path)
 
     def run(config):
-        return training.rl.run(config, METHODS[name])
+        return training.rl.run(config, find_algorithm(name))
 
     goes_on_alike(run, config, run(config))
 

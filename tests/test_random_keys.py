@@ -13,7 +13,7 @@ import pytest
 from builders import letters_stage, run_stage, soak
 
 from rlhf_jax import sharding
-from rlhf_jax.cli import verify
+from rlhf_jax.cli.stages import find_algorithm
 from rlhf_jax.data import batches
 from rlhf_jax.training.common import layout
 from rlhf_jax.training.common.progress import Progress
@@ -93,9 +93,9 @@ def test_no_key_of_a_run_is_drawn_from_twice(name, recorded, tmp_path):
     assert not drawn & (set(training) | orders)
     assert all(keys == validations[0] for keys in validations)
     assert all(len(keys) == len(set(keys)) for keys in validations)
-    steps = 0 if name in ("dpo", "kto") else 3 if name in verify.METHODS else 6
+    steps = 0 if name in ("dpo", "kto") else 3 if find_algorithm(name) else 6
     assert len(training) > 2 * steps  # draws of each step, and the weights'
-    if name in verify.METHODS:
+    if find_algorithm(name):
         assert len(validations) >= 2
         assert drawn
 

@@ -14,6 +14,9 @@ from builders import letters_run, letters_stage, run_stage
 
 from rlhf_jax import cli
 from rlhf_jax.cli import verify
+from rlhf_jax.cli.fork import fork
+from rlhf_jax.cli.stages import find_method, method_names
+from rlhf_jax.config import for_algorithm, to_yaml
 from rlhf_jax.errors import UserError
 from rlhf_jax.training.common.opening import open_run
 
@@ -420,12 +423,55 @@ def test_python_is_named_as_not_known_to_repeat(tmp_path, monkeypatch):
         verify.verify(tmp_path / folder)
 
 
+@pytest.mark.parametrize("name", method_names())
+def test_a_method_that_is_no_stage_is_read_with_its_section(name, tmp_path, monkeypatch):
+    """The fork of a folder as its run leaves it, without its arrays, up to its training."""
+    monkeypatch.setattr(verify, "start_differences", lambda *_: [])
+    monkeypatch.setattr(verify, "train", lambda *_: pytest.fail("begun"))
+    config = letters_stage(tmp_path, "rloo")
+    (tmp_path / "run" / "checkpoints" / "2").mkdir(parents=True)
+    config, _ = for_algorithm(config, find_method(name))
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(config))
+    module = {"import": f"rlhf_jax.algorithms.{name}"}
+    facts = {"stage": name, "data": {}, "versions": {}, "given": {"algorithm": module}}
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps(facts))
+    changes = ["rl.kl_coef=0.7", f"{name}.num_epochs=2"]
+    with pytest.raises(pytest.fail.Exception, match="begun"):
+        fork(tmp_path / "run", 2, tmp_path / "fork", changes, trust_config=True)
+    settings = yaml.safe_load((tmp_path / "fork" / "config.yaml").read_text())
+    assert settings["rl"]["kl_coef"] == 0.7
+    assert settings[name]["num_epochs"] == 2
+    written = json.loads((tmp_path / "fork" / "manifest.json").read_text())
+    assert str(tmp_path / "prompts.json") in written["data"]
+    assert written["given"] == facts["given"]
+
+
+@pytest.mark.slow
+def test_a_run_of_a_method_that_is_no_stage_repeats_and_is_forked(tmp_path, capsys):
+    config = dataclasses.replace(letters_stage(tmp_path, "vpg"), reward=("regex:a",))
+    run = run_stage(config, "spo")
+    audit = verify.verify(run, from_scratch=True, trust_config=True)
+    assert audit[:3] == ([], [], [])
+    assert audit.compared.endswith("model/")
+    fork(run, 2, tmp_path / "fork", ["spo.exploration=0.5"], trust_config=True)
+    assert "spo.exploration was" in capsys.readouterr().out
+    assert yaml.safe_load((tmp_path / "fork/config.yaml").read_text())["spo"]["exploration"] == 0.5
+    [unsure] = verify.verify(tmp_path / "fork", start=2, trust_config=True).unsure
+    assert "spo.exploration was" in unsure
+
+
 @pytest.mark.parametrize(
     ("damage", "options", "message"),
     [
         (lambda run: (run / "manifest.json").unlink(), {}, "manifest.json: cannot be read"),
         (lambda run: change(run, stage="vapo"), {}, "stage vapo is not one of this package"),
+        (lambda run: change(run, stage="sft.x"), {}, "stage sft.x is not one of this package"),
         (lambda run: change(run, given={"reward": "x"}), {}, "Python gave it reward"),
+        (
+            lambda run: change(run, stage="maxrl", given={"algorithm": {"import": "maxrl"}}),
+            {},
+            "Python gave it algorithm",
+        ),
         (
             lambda run: change(run, resumed=[{"changed": "x"}]),
             {},

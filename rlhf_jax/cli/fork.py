@@ -5,7 +5,9 @@ Up to the checkpoint the fork has the bits of the run; without a change it has t
 folder of the run, which may come from somebody else, does not change.
 """
 
+import contextlib
 import shutil
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -14,10 +16,10 @@ import tyro
 
 from rlhf_jax.cli import verify
 from rlhf_jax.cli.console import print_table, show
-from rlhf_jax.cli.stages import STAGES
+from rlhf_jax.cli.stages import REWARD, STAGES
 from rlhf_jax.config import RunConfig, to_dict
 from rlhf_jax.config.flags import switches_of
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, file_errors
 from rlhf_jax.runs import folder, manifest, reading
 from rlhf_jax.training.common.opening import fixed
 from rlhf_jax.training.common.signals import resume_command
@@ -73,7 +75,6 @@ def fork(
     if at not in saved:
         listed = ", ".join(map(str, saved)) or "none"
         raise UserError(f"--at {at}: {run} has the checkpoints of these steps: {listed}")
-    folder.check_usable(output_dir, resume=False, overwrite=False)
     if output_dir.resolve().is_relative_to(run.resolve()):
         raise UserError(f"--output-dir {output_dir}: is in the run's folder; choose another")
     if without_row and stage not in TASKS:
@@ -84,17 +85,17 @@ def fork(
 
     source = [] if model is None else ["--model", model]
     before = verify.read_config(run, recorded, source, data, trust_config)
-    here = verify.checksums(before, stage)
-    for found in verify.start_differences(run, [at], recorded["data"], here):
-        what = " ".join(filter(None, (found.place, found.recorded, "now", found.repeated)))
-        raise UserError(f"{run}: {found.file} is not as it was in the run: {what}")
-    flags = [word for setting in settings for word in _flag(setting)]
+    switches = switches_of(RunConfig).union(
+        *(switches_of(type(own), f"{name}.") for name, own in before.own.items())
+    )
+    flags = [word for setting in settings for word in _flag(setting, switches)]
     if reward:
         flags += ["--reward", *reward]
     if without_row:
         left_out = [*getattr(before, section).without_rows, *without_row]
         flags += [f"--{section.replace('_', '-')}.without-rows", *left_out]
-    sections = [*STAGES[stage.replace("_", "-")].reads, stage]
+    command = STAGES.get(stage.replace("_", "-"))
+    sections = [*(command.reads if command else REWARD), stage]
     # What is not typed was trusted above.
     after = verify.read_config(run, recorded, [*source, *flags], data, True, sections)
     changes = manifest.differences(to_dict(before), to_dict(after))
@@ -105,12 +106,11 @@ def fork(
         )
 
     about = {"run": str(run), "step": at, "changes": [*changes.values()]}
-    verify.copy_start(run, output_dir, before, at, {**recorded, "data": here, "fork": about})
-    after = replace(after, output_dir=str(output_dir), resume=True, allow_changed=(*changes,))
+    is_new = _begin(run, output_dir, before, after, {**recorded, "fork": about})
     try:
-        verify.train(after, stage)
+        verify.train(replace(after, output_dir=str(output_dir), resume=True), stage)
     except UserError as error:
-        if resume_command(stage, output_dir) not in str(error):  # it cannot begin
+        if is_new and resume_command(stage, output_dir) not in str(error):  # it cannot begin
             shutil.rmtree(output_dir)
         raise
     ends = [reading.read_rows(of / "metrics.jsonl")[-1]["step"] for of in (run, output_dir)]
@@ -129,7 +129,30 @@ def fork(
         show(nothing if min(ends) == at else same)
 
 
-def _flag(setting: str) -> list[str]:
+def _begin(
+    run: Path, output_dir: Path, before: RunConfig, after: RunConfig, facts: verify.Facts
+) -> bool:
+    """Makes the folder with what the fork goes on from, if the run is as it was; False if the same
+    fork was begun there and stopped.
+    """
+    about = facts["fork"]
+    if output_dir.exists() and not folder.is_unused(output_dir):
+        with contextlib.suppress(UserError):
+            recorded = reading.read_json(output_dir / "manifest.json", reading.Manifest)
+            if recorded.get("fork") == about:
+                return False
+        raise UserError(f"{output_dir} holds files already; choose another --output-dir")
+    here = verify.checksums(before, facts["stage"])
+    for found in verify.start_differences(run, [about["step"]], facts["data"], here):
+        what = " ".join(filter(None, (found.place, found.recorded, "now", found.repeated)))
+        raise UserError(f"{run}: {found.file} is not as it was in the run: {what}")
+    data = verify.checksums(after, facts["stage"])
+    with file_errors(output_dir, "written"):
+        verify.copy_start(run, output_dir, after, about["step"], {**facts, "data": data})
+    return True
+
+
+def _flag(setting: str, switches: Collection[str]) -> list[str]:
     """The words of the flag that KEY=VALUE stands for."""
     key, equals, value = setting.partition("=")
     key = key.replace("-", "_")
@@ -142,7 +165,7 @@ def _flag(setting: str) -> list[str]:
             f"--set {setting}: other rows would be held out, of which the run has learned some; "
             "start a new run with it"
         )
-    if key in switches_of(RunConfig) and value in ("true", "false"):
+    if key in switches and value in ("true", "false"):
         return [f"--{section}{dot}{'no-' * (value == 'false')}{name}"]
     if not value.startswith("["):
         return [f"--{section}{dot}{name}", value]

@@ -128,9 +128,9 @@ def train(name: str, argv: Sequence[str] | None = None, prog: str | None = None)
         sections=(*stage.reads, kind),
     )
     result: Any
-    if name in config.ALGORITHMS:
+    if (algorithm := find_algorithm(name)) is not None:
         kind = "policy"
-        result = training.rl.run(settings, importlib.import_module(f"rlhf_jax.algorithms.{name}"))
+        result = training.rl.run(settings, algorithm)
     else:
         result = getattr(training, kind).run(settings)
     if name == "pipeline":
@@ -152,6 +152,15 @@ def find_method(name: str) -> "Algorithm | None":
         return None
     module: Any = importlib.import_module(module_name)
     return module if hasattr(module, "Config") and hasattr(module, "update") else None
+
+
+def find_algorithm(stage: str) -> "Algorithm | None":
+    """The module of this package with the algorithm of an RL run, by its stage, or None."""
+    from rlhf_jax import config
+
+    if stage in config.ALGORITHMS:
+        return importlib.import_module(f"rlhf_jax.algorithms.{stage}")
+    return find_method(stage)
 
 
 def method_names() -> list[str]:

@@ -25,9 +25,9 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import tyro
 
-from rlhf_jax.algorithms import distill, grpo, ppo, rloo, vpg
 from rlhf_jax.cli.console import print_table, show
-from rlhf_jax.config import RunConfig, check_trusted, parse, to_yaml
+from rlhf_jax.cli.stages import find_algorithm, find_method
+from rlhf_jax.config import RunConfig, check_trusted, parse, section_name, to_yaml
 from rlhf_jax.data import formats
 from rlhf_jax.errors import (
     AlertStop,
@@ -38,8 +38,9 @@ from rlhf_jax.errors import (
     no_folder,
     read_file,
 )
-from rlhf_jax.runs import folder, keeping, manifest, reading
+from rlhf_jax.runs import folder, keeping, manifest, objects, reading
 from rlhf_jax.runs.checkpoint import CheckpointError, Checkpoints
+from rlhf_jax.runs.writing import unfinished_beside
 from rlhf_jax.training import rl
 from rlhf_jax.training.common.opening import MAY_CHANGE, fingerprints_of
 from rlhf_jax.training.common.progress import PAUSE
@@ -50,8 +51,6 @@ from rlhf_jax.training.supervised import run as supervised
 from rlhf_jax.training.tasks import TASKS
 from rlhf_jax.types import Algorithm
 
-METHODS: dict[str, Algorithm] = {"vpg": vpg, "ppo": ppo, "rloo": rloo, "grpo": grpo}
-METHODS["distill"] = distill
 ROWS = ("metrics.jsonl", "samples.jsonl")
 # In place of the run's: how it was started, and whom it told.
 STARTS: dict[str, Any] = {"output_dir": None, "resume": False, "overwrite": False}
@@ -146,7 +145,7 @@ def verify(
         flags += ["--rl.engine", f"stored:{path / 'engine'}"]
     config = read_config(path, recorded, flags, data, trust_config)
     last_start = manifest.last_start(recorded)
-    unsure = _unsure(config, stage, last_start)
+    unsure = _unsure(config, stage, recorded)
     here = checksums(config, stage)
     starts = [span.start for span in spans if span.start is not None]
     differences = start_differences(path, starts, recorded["data"], here)
@@ -174,7 +173,7 @@ def _machine(facts: Facts) -> Facts:
 
 
 def read_manifest(path: Path) -> Facts:
-    """The manifest of a run of one of this package's stages that Python gave nothing to.
+    """The manifest of a run of this package's stages and methods that Python gave nothing to.
 
     Raises:
         UserError: it is not such a run, or a link in its folder leads elsewhere.
@@ -188,10 +187,14 @@ def read_manifest(path: Path) -> Facts:
     needed = ["stage", "data", "versions"]
     recorded: Facts = reading.read_json(file, reading.Manifest, needed)
     why = ""
-    if recorded["stage"] not in TASKS | METHODS:
+    algorithm = find_algorithm(recorded["stage"])
+    given = dict(recorded.get("given", {}))
+    if given.get("algorithm") == objects.describe(algorithm):  # a method that is no stage
+        given.pop("algorithm", None)
+    if recorded["stage"] not in TASKS and algorithm is None:
         why = f"its stage {recorded['stage']} is not one of this package"
-    elif recorded.get("given"):
-        why = f"Python gave it {', '.join(recorded['given'])}"
+    elif given:
+        why = f"Python gave it {', '.join(given)}"
     if why:
         raise UserError(f"{path}: {why}; only the script that made the run can repeat it")
     folder.check_links(path)
@@ -262,7 +265,8 @@ def read_config(
     Raises:
         UserError: a flag is wrong, or the config names what is not trusted.
     """
-    config = _with_data(_config(path, flags, trust_config, sections), recorded, data)
+    method = find_method(recorded["stage"])
+    config = _with_data(_config(path, flags, trust_config, sections, method), recorded, data)
     if not trust_config:
         every = _data_names(config, recorded["stage"]).values()
         left = tuple(name for names in every for name in names if name not in data)
@@ -270,7 +274,9 @@ def read_config(
     return set_up(config, threads=manifest.last_start(recorded).get("threads"))
 
 
-def _config(path: Path, flags: Names, trust_config: bool, sections: Names = SECTIONS) -> RunConfig:
+def _config(
+    path: Path, flags: Names, trust_config: bool, sections: Names, method: Algorithm | None
+) -> RunConfig:
     """The settings of config.yaml without those of the script that made the run, and without what
     says how the run was started and whom it told. Whether its data is trusted is asked later.
     """
@@ -279,6 +285,8 @@ def _config(path: Path, flags: Names, trust_config: bool, sections: Names = SECT
     if trust_config:
         argv.append("--trust-config")
     ours = {field.name for field in fields(RunConfig)}
+    if method is not None:
+        ours.add(section_name(method))
     settings = reading.read_yaml(file, reading.Settings)
     others = [
         key
@@ -295,6 +303,7 @@ def _config(path: Path, flags: Names, trust_config: bool, sections: Names = SECT
         argv,
         prog="rlhf-jax",
         sections=sections,
+        algorithm=method,
         replaced=[*STARTS, "data", *data],
         ignored=others,
     )
@@ -305,22 +314,23 @@ def _config(path: Path, flags: Names, trust_config: bool, sections: Names = SECT
     return replace(config, mesh=replace(config.mesh, data=-1))
 
 
-def _unsure(config: RunConfig, stage: str, last_start: Facts) -> list[str]:
+def _unsure(config: RunConfig, stage: str, recorded: Facts) -> list[str]:
     """A sentence for each part of the run that may not repeat."""
     named: list[str | None] = []
-    if stage in METHODS:
+    if stage not in TASKS:
         named = [*config.reward, *config.rl.judge, config.safety.classifier, config.rl.environment]
     sentences = [
         f"{name} is Python code, which is not known to repeat: it may use a clock or a network"
         for name in named
         if name is not None and ".py:" in name
     ]
+    last_start = manifest.last_start(recorded)
     if last_start.get("backend") == "gpu" and not config.deterministic:
         sentences.append(
             "the run was on a GPU without --deterministic: the order of its sums may differ from "
             "run to run"
         )
-    changes = last_start.get("changed")
+    changes = last_start.get("changed") or recorded.get("fork", {}).get("changes")
     if changes:
         sentences.append(f"the run went on with changed settings: {'; '.join(changes)}")
     return sentences
@@ -331,12 +341,12 @@ def _unsure(config: RunConfig, stage: str, last_start: Facts) -> list[str]:
 
 def _kind(stage: str) -> Any:
     """Of the rows of its data."""
-    return "prompts" if stage in METHODS else TASKS[stage].kind
+    return TASKS[stage].kind if stage in TASKS else "prompts"
 
 
 def section_of(stage: str) -> str:
     """The section of the settings that names its data and its length."""
-    return "rl" if stage in METHODS else stage
+    return stage if stage in TASKS else "rl"
 
 
 def _data_names(config: RunConfig, stage: str) -> dict[str, Names]:
@@ -372,8 +382,9 @@ def _with_data(config: RunConfig, recorded: Facts, given: Names) -> RunConfig:
 def checksums(config: RunConfig, stage: str) -> dict[str, str]:
     """The checksums of the files that the run would read on this machine."""
     others = {}
-    if stage in METHODS:
-        others = inputs.files(sources_of(config), config.rl, vars(config)[stage])
+    if (algorithm := find_algorithm(stage)) is not None:
+        section = (vars(config) | config.own)[section_name(algorithm)]
+        others = inputs.files(sources_of(config), config.rl, section)
     digests = fingerprints_of(config, others)
     for names in _data_names(config, stage).values():
         digests |= formats.fingerprints(_kind(stage), names, seed=config.seed)
@@ -467,6 +478,8 @@ def _repeat(path: Path, ours: Path, config: RunConfig, span: Span, recorded: Fac
 def copy_start(path: Path, ours: Path, config: RunConfig, step: int | None, facts: Facts) -> None:
     """Makes the folder ``ours`` with what the run goes on from after a step, or from its seed: its
     checkpoints and rows, the replies of judges and teachers, and the given settings and manifest.
+
+    A kill leaves it unused, or without a manifest if it comes while the names change.
     """
     names = ["judge"]
     if step is not None:
@@ -474,21 +487,27 @@ def copy_start(path: Path, ours: Path, config: RunConfig, step: int | None, fact
         names += [f"checkpoints/{number}" for number in saved if number <= step]
         names += keeping.ROWS
     ours.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        if (path / name).is_dir():
-            shutil.copytree(path / name, ours / name)
-        elif (path / name).is_file():
-            shutil.copyfile(path / name, ours / name)
-    (ours / "config.yaml").write_text(to_yaml(config), "utf-8")
-    (ours / "manifest.json").write_text(json.dumps(facts), "utf-8")
+    with unfinished_beside(ours / "copy", Path.mkdir) as new:
+        for name in names:
+            if (path / name).is_dir():
+                shutil.copytree(path / name, new / name)
+            elif (path / name).is_file():
+                shutil.copyfile(path / name, new / name)
+        (new / "config.yaml").write_text(to_yaml(config), "utf-8")
+        (new / "manifest.json").write_text(json.dumps(facts), "utf-8")
+        # Folders first: they replace none that another process has made since.
+        for entry in sorted(
+            new.iterdir(), key=lambda entry: (entry.is_file(), entry.name == "manifest.json")
+        ):
+            entry.rename(ours / entry.name)
 
 
 def train(config: RunConfig, stage: str, on_step: Callable[..., object] | None = None) -> None:
     """Runs a stage by its name."""
-    if stage in TASKS:
-        supervised.run(config, TASKS[stage], on_step)
+    if (algorithm := find_algorithm(stage)) is not None:
+        rl.run(config, algorithm, on_step=on_step)
     else:
-        rl.run(config, METHODS[stage], on_step=on_step)
+        supervised.run(config, TASKS[stage], on_step)
 
 
 @contextlib.contextmanager

@@ -65,6 +65,12 @@ class RowCounts(TypedDict):
     cut: dict[str, int]
 
 
+class _Fork(TypedDict, total=False):
+    run: str
+    step: int
+    changes: list[str]
+
+
 class Manifest(_Start, total=False):
     """manifest.json."""
 
@@ -73,6 +79,7 @@ class Manifest(_Start, total=False):
     data: dict[str, str]
     given: dict[str, Any]
     resumed: list[_Start]
+    fork: _Fork
     rows: RowCounts
 
 

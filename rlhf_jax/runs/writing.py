@@ -57,7 +57,7 @@ def write_together(contents: Mapping[Path, str | bytes]) -> None:
         unfinished = {}
         try:
             for path, content in contents.items():
-                unfinished[path] = stack.enter_context(_unfinished(path, Path.touch))
+                unfinished[path] = stack.enter_context(unfinished_beside(path, Path.touch))
                 _write(unfinished[path], content)
             *first, path = contents
             if first:
@@ -80,7 +80,7 @@ def replacing(path: Path) -> Iterator[Path]:
     refuse_links([path])
     former = _free_name(path)
     try:
-        with _unfinished(path, Path.mkdir) as new:
+        with unfinished_beside(path, Path.mkdir) as new:
             yield new
             if path.exists():
                 path.rename(former)
@@ -95,7 +95,7 @@ def check_writable(folder: Path) -> None:
     """
     absolute = folder.absolute()
     place = next(place for place in (absolute, *absolute.parents) if os.path.lexists(place))
-    with file_errors(folder, "written"), _unfinished(place / "probe", Path.touch) as new:
+    with file_errors(folder, "written"), unfinished_beside(place / "probe", Path.touch) as new:
         _write(new, bytes(1 << 12))
 
 
@@ -109,7 +109,7 @@ def _write(new: Path, content: str | bytes) -> None:
 
 
 @contextlib.contextmanager
-def _unfinished(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
+def unfinished_beside(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
     """What ``make`` makes beside ``path``, locked by this process; deleted unless it is renamed."""
     _sweep_once(path.parent.absolute())
     while True:
