@@ -430,17 +430,19 @@ def test_a_method_that_is_no_stage_is_read_with_its_section(name, tmp_path, monk
     monkeypatch.setattr(verify, "train", lambda *_: pytest.fail("begun"))
     config = letters_stage(tmp_path, "rloo")
     (tmp_path / "run" / "checkpoints" / "2").mkdir(parents=True)
-    config, _ = for_algorithm(config, find_method(name))
+    config, section = for_algorithm(config, find_method(name))
+    kinds = {type(value): key for key, value in reversed(vars(section).items())}
+    expected = {kinds[float]: 0.25} | ({kinds[bool]: False} if bool in kinds else {})
     (tmp_path / "run" / "config.yaml").write_text(to_yaml(config))
     module = {"import": f"rlhf_jax.algorithms.{name}"}
     facts = {"stage": name, "data": {}, "versions": {}, "given": {"algorithm": module}}
     (tmp_path / "run" / "manifest.json").write_text(json.dumps(facts))
-    changes = ["rl.kl_coef=0.7", f"{name}.num_epochs=2"]
+    changes = [f"{name}.{key}={str(value).lower()}" for key, value in expected.items()]
     with pytest.raises(pytest.fail.Exception, match="begun"):
-        fork(tmp_path / "run", 2, tmp_path / "fork", changes, trust_config=True)
+        fork(tmp_path / "run", 2, tmp_path / "fork", ["rl.kl_coef=7", *changes], trust_config=True)
     settings = yaml.safe_load((tmp_path / "fork" / "config.yaml").read_text())
-    assert settings["rl"]["kl_coef"] == 0.7
-    assert settings[name]["num_epochs"] == 2
+    assert settings["rl"]["kl_coef"] == 7
+    assert settings[name].items() >= expected.items()
     written = json.loads((tmp_path / "fork" / "manifest.json").read_text())
     assert str(tmp_path / "prompts.json") in written["data"]
     assert written["given"] == facts["given"]
