@@ -335,10 +335,16 @@ def test_a_fork_killed_before_its_training_goes_on_with_the_change(run, tmp_path
     config = ["--config", str(again / "config.yaml"), "--output-dir", str(again), "--resume"]
     assert not cli.run(["sft", *config, "--trust-config"])
     before = contents(tmp_path / "killed")
+    texts_before = texts(tmp_path / "killed")
     for at, other in ((4, []), (6, rate)):
         with pytest.raises(UserError, match="holds files already; choose another --output-dir"):
             fork(run, at, tmp_path / "killed", other, trust_config=True)
     assert contents(tmp_path / "killed") == before
+    release = writing.take_lock(tmp_path / "killed" / ".lock", "the folder is in use", "wait")
+    with pytest.raises(UserError, match="in use"):  # the first command runs on
+        fork(run, 4, tmp_path / "killed", rate, trust_config=True)
+    release()
+    assert texts(tmp_path / "killed") == texts_before
     fork(run, 4, tmp_path / "killed", rate, trust_config=True)
     assert rows(again) == rows(tmp_path / "killed") != rows(run)
     for ours in (again, tmp_path / "killed"):

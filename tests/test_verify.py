@@ -437,14 +437,16 @@ def test_a_method_that_is_no_stage_is_read_with_its_section(name, tmp_path, monk
     module = {"import": f"rlhf_jax.algorithms.{name}"}
     facts = {"stage": name, "data": {}, "versions": {}, "given": {"algorithm": module}}
     (tmp_path / "run" / "manifest.json").write_text(json.dumps(facts))
+    other = shutil.copyfile(tmp_path / "prompts.json", tmp_path / "other.json")
+    more = ["rl.kl_coef=7", f"rl.data=[{other}]"]
     changes = [f"{name}.{key}={str(value).lower()}" for key, value in expected.items()]
     with pytest.raises(pytest.fail.Exception, match="begun"):
-        fork(tmp_path / "run", 2, tmp_path / "fork", ["rl.kl_coef=7", *changes], trust_config=True)
+        fork(tmp_path / "run", 2, tmp_path / "fork", more + changes, trust_config=True)
     settings = yaml.safe_load((tmp_path / "fork" / "config.yaml").read_text())
     assert settings["rl"]["kl_coef"] == 7
     assert settings[name].items() >= expected.items()
     written = json.loads((tmp_path / "fork" / "manifest.json").read_text())
-    assert str(tmp_path / "prompts.json") in written["data"]
+    assert str(other) in written["data"]
     assert written["given"] == facts["given"]
 
 
