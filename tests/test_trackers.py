@@ -4,10 +4,13 @@ A stand-in has the calls of W&B's and trackio's Python interface that are made h
 themselves run where they are installed: trackio on its local files, W&B offline.
 """
 
+import errno
 import importlib
 import importlib.util
 import json
+import os
 import sys
+import threading
 import time
 import types
 from dataclasses import replace
@@ -37,17 +40,17 @@ def init_trackio(project, name=None, config=None, resume="never"):
     """That of ``trackio.init``."""
 
 
-def stand_in(monkeypatch, name, broken=()):
-    """Puts a module in the place of wandb or trackio; ``broken`` names the calls that raise.
-    Returns its ``init``.
+def stand_in(monkeypatch, name, broken=(), fault=None):
+    """Puts a module in the place of wandb or trackio; ``broken`` names the calls that raise, or
+    whose effect is ``fault``. Returns its ``init``.
     """
     module = types.ModuleType(name)
     module.init = init = mock.create_autospec({"wandb": init_wandb, "trackio": init_trackio}[name])
     init.return_value = mock.Mock(spec=["log", "alert", "finish"])
     for call in broken:
-        (
-            init if call == "init" else getattr(init.return_value, call)
-        ).side_effect = ConnectionError(f"no {call}")
+        (init if call == "init" else getattr(init.return_value, call)).side_effect = (
+            fault or ConnectionError(f"no {call}")
+        )
     module.Table = lambda columns, data: ("table", columns, data)
     module.__spec__ = importlib.machinery.ModuleSpec(name, None)
     monkeypatch.setitem(sys.modules, name, module)
@@ -155,6 +158,63 @@ def test_errors_are_one_warning_and_stop_nothing(
     assert init.return_value.finish.call_count == (0 if "init" in broken else 1)
 
 
+def run_within(seconds, task):
+    """Whether the task ends in time; it has a thread of its own, for it may stand for ever."""
+    thread = threading.Thread(target=task, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return not thread.is_alive()
+
+
+@pytest.mark.parametrize("call", ["init", "log", "alert", "finish"])
+def test_a_service_that_hangs_is_left_after_a_bounded_wait(tmp_path, monkeypatch, capsys, call):
+    monkeypatch.setattr(trackers, "_PATIENCE", 0.3)
+    hangs = threading.Event()
+    stand_in(monkeypatch, "wandb", [call], lambda *_, **__: hangs.wait(60))
+    healthy = stand_in(monkeypatch, "trackio")
+    steps = range(trackers._MOST_CALLS + 9)
+    others = threading.enumerate()
+    ended = run_within(10, lambda: track(tmp_path, ["wandb", "trackio"], steps))
+    left = [thread for thread in threading.enumerate() if thread not in others]
+    hangs.set()
+    assert ended
+    assert [thread.daemon for thread in left] == [True]  # or the process would not end
+    assert capsys.readouterr().out.count("--track wandb: TimeoutError: it does not answer") == 1
+    assert logged(healthy) == list(steps)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == len(steps)
+
+
+def test_a_slow_service_gets_everything_before_the_run_closes(tmp_path, monkeypatch):
+    monkeypatch.setattr(trackers, "_MOST_CALLS", 1)
+    init = stand_in(monkeypatch, "wandb", ["log"], lambda *_, **__: time.sleep(0.01))
+    track(tmp_path, ["wandb"], range(20))
+    assert logged(init) == list(range(20))
+    assert init.return_value.finish.call_count == 1
+
+
+@pytest.mark.parametrize("call", ["init", "log", "alert", "finish"])
+def test_a_service_that_calls_sys_exit_does_not_end_the_run(tmp_path, monkeypatch, capsys, call):
+    init = stand_in(monkeypatch, "wandb", [call], SystemExit(0))
+    track(tmp_path, ["wandb"], range(5))
+    assert "--track wandb: SystemExit: 0;" in capsys.readouterr().out
+    assert logged(init) == ([] if call == "init" else [0, 1, 2, 3, 4])
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
+
+
+def test_a_package_that_exits_when_it_is_imported(tmp_path, monkeypatch, capsys):
+    (tmp_path / "wandb.py").write_text("raise SystemExit(3)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    track(tmp_path / "run", ["wandb"], range(2))
+    assert "--track wandb: SystemExit: 3; the run goes on without it" in capsys.readouterr().out
+
+
+def test_an_interrupt_ends_the_run(tmp_path, monkeypatch):
+    stand_in(monkeypatch, "wandb", ["init"], KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        track(tmp_path, ["wandb"], range(2))
+
+
 def test_a_missing_package_is_said_before_anything_else(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(setup.devices, "choose", lambda device: pytest.fail("too late"))
@@ -198,6 +258,33 @@ def test_tensorboard_reads_each_step_once(tmp_path):
     assert texts("samples")[0].splitlines()[:3] == lines
     assert texts("alerts") == {2: "KL explosion"}
     assert [step for step, text in texts("config").items() if '"seed": 1' in text] == [0, 5]
+
+
+def test_a_full_disk_is_one_warning_of_tensorboard(tmp_path, monkeypatch, capsys):
+    record_writer = pytest.importorskip("tensorboardX.record_writer")
+    whole, written = record_writer.RecordWriter.write, []
+
+    def write(self, data):
+        written.append(data)
+        if len(written) > 8:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return whole(self, data)
+
+    monkeypatch.setattr(record_writer.RecordWriter, "write", write)
+    assert run_within(10, lambda: track(tmp_path, ["tensorboard"], range(40)))
+    assert capsys.readouterr().out.count("--track tensorboard: OSError: [Errno 28] No space") == 1
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 40
+
+
+def test_tensorboard_has_each_row_on_the_disk_before_the_next_one(tmp_path):
+    """A killed run loses none that its checkpoint counts as sent."""
+    pytest.importorskip("tensorboardX")
+    service = trackers._TensorBoard(tmp_path / "tensorboard", {}, None)
+    [events] = (tmp_path / "tensorboard").iterdir()
+    before = events.stat().st_size
+    service.log(0, {"x": 1.0})
+    assert events.stat().st_size > before
+    service.close()
 
 
 def test_trackio_itself(tmp_path, monkeypatch):

@@ -2,12 +2,12 @@
 TensorBoard.
 
     services = trackers.start(run, ("wandb", "tensorboard"), config, resume_step=None)
-    services.log(10, {"objective/score": 1.5})
-    services.close()
+    services.send("log", 10, {"objective/score": 1.5})
+    services.send("close")
 
-Each package sends in its own process or thread, so that no step waits for a network. An error of a
-service becomes a warning, once for each service: the run continues, and its folder has all its
-records.
+Each service is called in a thread of its own, so that no step waits for a network. Its first error
+is a warning; if it hangs, it is left after a bounded wait. The run goes on, and its folder has all
+its records.
 """
 
 import importlib
@@ -16,8 +16,13 @@ import inspect
 import json
 import logging
 import os
+import queue
 import secrets
-from collections.abc import Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -29,6 +34,11 @@ from rlhf_jax.runs.writing import write_atomically
 Numbers = Mapping[str, float]
 Cells = list[list[Any]]
 _PACKAGES = {"wandb": "wandb", "trackio": "trackio", "tensorboard": "tensorboardX"}
+_MOST_CALLS = 256  # that wait for a service
+# Seconds that a run waits for a service: to open, for room among its calls, to end. Longer than W&B
+# waits for its server, see _Client.
+_PATIENCE = 75.0
+_LACKS = "what it lacks is in the run's folder; further errors of it are not shown"
 
 
 class _Place(TypedDict, total=False):
@@ -75,45 +85,100 @@ class _TensorBoard:
 
     def __init__(self, folder: Path, config: Row, resume_step: int | None):
         logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)  # a metric may be NaN
-        module = importlib.import_module("tensorboardX")
+        # Not SummaryWriter, whose thread dies of the first error of a disk: its calls, and the end
+        # of the process, would then wait for ever.
+        writer = importlib.import_module("tensorboardX.event_file_writer")
+        self._event = importlib.import_module("tensorboardX.proto.event_pb2").Event
+        self._summary = importlib.import_module("tensorboardX.summary")
         first = 0 if resume_step is None else resume_step + 1
-        self._writer = module.SummaryWriter(
-            str(folder),
-            purge_step=first,  # readers forget what was written from this step on
-            # keeps two starts within one second from writing to one file
-            filename_suffix=f".step{first}",
-        )
+        folder.mkdir(exist_ok=True)
+        # The suffix keeps two starts within one second from writing to one file.
+        self._writer = writer.EventsWriter(str(folder / "events"), f".step{first}")
+        # Readers forget what was written from this step on.
+        self._writer.write_event(self._event(step=first, session_log={"status": "START"}))
         settings = json.dumps(config, indent=2, ensure_ascii=False)
-        self._writer.add_text("config", f"```\n{settings}\n```", first)
+        self._write(first, self._summary.text("config", f"```\n{settings}\n```"))
         self.close = self._writer.close
 
+    def _write(self, step: int, *summaries: Any) -> None:
+        for each in summaries:
+            self._writer.write_event(self._event(step=step, wall_time=time.time(), summary=each))
+        self._writer.flush()
+
     def log(self, step: int, numbers: Numbers) -> None:
-        for name, value in numbers.items():
-            self._writer.add_scalar(name, value, step)
+        self._write(step, *(self._summary.scalar(*number) for number in numbers.items()))
 
     def samples(self, step: int, columns: list[str], cells: Cells) -> None:
         lines = []
         for line in (columns, ["---"] * len(columns), *cells):
             escaped = [str(cell).replace("|", "\\|").replace("\n", "<br>") for cell in line]
             lines.append(f"| {' | '.join(escaped)} |")
-        self._writer.add_text("samples", "\n".join(lines), step)
-        self._writer.flush()
+        self._write(step, self._summary.text("samples", "\n".join(lines)))
 
     def alert(self, step: int, text: str) -> None:
-        self._writer.add_text("alerts", text, step)
+        self._write(step, self._summary.text("alerts", text))
 
 
 Service = _Client | _TensorBoard
 
 
+class _Caller(threading.Thread):
+    """Opens a service and makes its calls, in their order. A daemon: a service that hangs does not
+    keep the process alive.
+    """
+
+    def __init__(self, service: str, opens: Callable[[], Service]):
+        super().__init__(name=f"--track {service}", daemon=True)
+        self._opens = opens
+        self._calls = queue.Queue[tuple[Any, ...]](_MOST_CALLS)
+        self._patience = _PATIENCE
+        self._warned = False
+        self.opened = Future[None]()
+        self.start()
+
+    def run(self) -> None:
+        """The thread. It catches the SystemExit of a service too; Ctrl-C is the main thread's."""
+        try:
+            service = self._opens()
+        except BaseException as error:
+            self.opened.set_exception(error)
+            return
+        self.opened.set_result(None)
+        what = ""
+        while what != "close":
+            what, *values = self._calls.get()
+            try:
+                getattr(service, what)(*values)
+            except BaseException as error:  # whatever it is: the training is worth more
+                self.warn(error, _LACKS)
+
+    def call(self, what: str, *values: Any) -> None:
+        """Has a method called later; ``close`` waits for all calls."""
+        try:
+            self._calls.put((what, *values), timeout=self._patience)
+            if what == "close":
+                self.join(self._patience)
+                if self.is_alive():
+                    raise queue.Full
+        except queue.Full:
+            self._patience = 0
+            self.warn(TimeoutError(), _LACKS)
+
+    def warn(self, error: BaseException, outcome: str) -> None:
+        """The first time only."""
+        if not self._warned:
+            text = str(error) or "it does not answer"
+            logger.info(f"{self.name}: {type(error).__name__}: {text}; {outcome}")
+        self._warned = True
+
+
 class Services:
     """Sends to some services. The first error of each is a warning, the next ones are silent."""
 
-    def __init__(self, services: Mapping[str, Service], sent: Mapping[str, int]):
+    def __init__(self, services: Mapping[str, _Caller], sent: Mapping[str, int]):
         """sent: {service: the last step that it has already}; it gets no row up to this step."""
         self._services = services
         self._sent = sent
-        self._warned: set[str] = set()
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Sends rows of ``samples.jsonl`` as a table: numbers, and texts for everything else."""
@@ -125,18 +190,12 @@ class Services:
 
     def send(self, what: Literal["log", "samples", "alert", "close"], *values: Any) -> None:
         """Sends a row of metrics, a table of samples or an alert, whose step comes first. Or waits
-        until everything has arrived, or until the service's own time limit, and closes.
+        until everything has arrived, within a bound, and closes.
         """
         for name, service in self._services.items():
             if values and values[0] <= self._sent[name]:
                 continue
-            try:
-                getattr(service, what)(*values)
-            except Exception as error:  # whatever it is: the training is worth more
-                lacks = "what it lacks is in the run's folder; further errors of it are not shown"
-                if name not in self._warned:
-                    _warn(name, error, lacks)
-                self._warned.add(name)
+            service.call(what, *values)
 
 
 def _cell(value: Any) -> Any:
@@ -191,16 +250,18 @@ def start(
         if path.is_file():
             place |= read_json(path, _Place)
     known = place["services"]
-    services: dict[str, Service] = {}
+    services: dict[str, _Caller] = {}
     sent = dict.fromkeys(names, -1)
     for name in names:
+        opens: Callable[[], Service] = partial(_TensorBoard, run.path / name, config, resume_step)
+        if name != "tensorboard":
+            opens = partial(_Client, name, place, config, resumed=name in known)
+        caller = _Caller(name, opens)
         try:
-            if name == "tensorboard":
-                services[name] = _TensorBoard(run.path / name, config, resume_step)
-            else:
-                services[name] = _Client(name, place, config, resumed=name in known)
-        except Exception as error:
-            _warn(name, error, "the run goes on without it")
+            caller.opened.result(_PATIENCE)
+            services[name] = caller
+        except (Exception, SystemExit) as error:
+            caller.warn(error, "the run goes on without it")
         if name in known and rows:
             # TensorBoard forgets the steps after the checkpoint, the others do not.
             last = resume_step or 0 if name == "tensorboard" else rows[-1]["step"]
@@ -214,7 +275,3 @@ def start(
         if step <= (resume_step or 0):
             opened.send("log", step, row)
     return opened
-
-
-def _warn(name: str, error: Exception, outcome: str) -> None:
-    logger.info(f"--track {name}: {type(error).__name__}: {error}; {outcome}")
