@@ -5,6 +5,7 @@ is missing.
 import itertools
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -437,6 +438,23 @@ def test_alerts_and_an_evaluation_are_listed(tmp_path, undrawn):
     [score, kl] = plots.curves(groups_of(run))[0]
     assert "alert" not in score.series
     assert kl.series["alert"][:2] == ((2,), (0.5,))
+
+
+def test_long_words_are_broken_and_short_ones_are_not(tmp_path):
+    """A word of 20,000 letters made the page 217,696 pixels wide."""
+    word = "x" * 25
+    table = page.Table("t", [word, "n"], [[word, 0], ["short", 10**24]], {"n": "d"})
+    text = page.render("t", [page.Gates({word: (True, word), "kl": (True, "1 < 2")}), table])
+    style, _, body = text.partition("</style>")
+    [rule] = re.findall(r"^body \{[^}]*\}", style, re.MULTILINE)
+    assert "overflow-wrap: anywhere" in rule
+    unbroken = re.findall(r"([^\n{}]*) \{[^}]*(?:nowrap|overflow-wrap: normal)", style)
+    assert [name for name in unbroken if "short" not in name] == []
+    cells = re.findall(r"<t[dh]([^>]*)>([^<]*)<", body)
+    shorts = [content for attributes, content in cells if "short" in attributes]
+    assert shorts == ["✓ pass", "✓ pass", "kl", "n", "0", "short"]
+    numbers = [content for attributes, content in cells if "number" in attributes]
+    assert numbers == ["n", "0", str(10**24)]
 
 
 def test_what_is_missing_is_said(tmp_path):
