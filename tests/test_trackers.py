@@ -179,7 +179,7 @@ def test_a_service_that_hangs_is_left_after_a_bounded_wait(tmp_path, monkeypatch
     hangs.set()
     assert ended
     assert [thread.daemon for thread in left] == [True]  # or the process would not end
-    assert capsys.readouterr().out.count("--track wandb: TimeoutError: it does not answer") == 1
+    assert capsys.readouterr().out.count("--track wandb: TimeoutError") == 1
     assert logged(healthy) == list(steps)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == len(steps)
 

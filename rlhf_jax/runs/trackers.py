@@ -162,13 +162,13 @@ class _Caller(threading.Thread):
                     raise queue.Full
         except queue.Full:
             self._patience = 0
-            self.warn(TimeoutError(), _LACKS)
+            self.warn(TimeoutError("it does not answer"), _LACKS)
 
     def warn(self, error: BaseException, outcome: str) -> None:
         """The first time only."""
         if not self._warned:
-            text = str(error) or "it does not answer"
-            logger.info(f"{self.name}: {type(error).__name__}: {text}; {outcome}")
+            reason = f"{type(error).__name__}: {error}".removesuffix(": ")
+            logger.info(f"{self.name}: {reason}; {outcome}")
         self._warned = True
 
 
