@@ -395,3 +395,16 @@ def test_eight_kills_in_export_leave_no_half_folder(tmp_path, slowed):
     model = run / "model"
     copied = {file.relative_to(target) for file in target.rglob("*")}
     assert copied == {file.relative_to(model) for file in model.rglob("*")} | {Path("README.md")}
+
+
+def test_a_lock_that_cannot_be_written_is_not_left(tmp_path, monkeypatch):
+    def full(descriptor, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(writing.os, "write", full)
+    with (
+        pytest.raises(UserError, match=r"a\.jsonl: cannot be written: No space left"),
+        writing.one_writer(tmp_path / "a.jsonl"),
+    ):
+        pytest.fail("it is not locked")
+    assert list(tmp_path.iterdir()) == []

@@ -184,13 +184,17 @@ def take_lock(lock: Path, what: str, advice: str) -> Callable[[], None]:
         if _is_open_at(descriptor, lock):
             break
         os.close(descriptor)  # its holder has ended and deleted it in between
-    os.truncate(descriptor, 0)
-    os.write(descriptor, f"{os.getpid()}\n".encode())
 
     def release() -> None:
         lock.unlink(missing_ok=True)
         os.close(descriptor)
 
+    try:
+        os.truncate(descriptor, 0)
+        os.write(descriptor, f"{os.getpid()}\n".encode())
+    except OSError:  # the disk is full
+        release()
+        raise
     return release
 
 
