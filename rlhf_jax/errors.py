@@ -121,7 +121,7 @@ def file_errors(path: object, verb: str = "read") -> Iterator[None]:
     except (OSError, UnicodeError) as error:
         raise UserError(
             f"{path}: cannot be {verb}: {getattr(error, 'strerror', None) or error}"
-        ) from None
+        ) from error
 
 
 def check_encoding(words: Iterable[str]) -> None:

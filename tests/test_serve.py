@@ -3,13 +3,17 @@ scores; judgements.
 """
 
 import contextlib
+import html
 import itertools
 import json
+import stat
 import string
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import httpx
 import jax
@@ -689,3 +693,40 @@ def test_chat_with_a_page_passes_what_it_was_asked_for(monkeypatch):
     with pytest.raises(UserError, match="--system"):
         cli.run(["chat", "runs/a", "--page", "--system", "be kind"])
     assert len(started) == 2
+
+
+@pytest.mark.parametrize("variable", ["", "s3cret\"<'&\u00e9"])
+def test_a_browser_gets_the_token_in_a_file_of_the_owner(judge, monkeypatch, caplog, variable):
+    """Everybody reads the command line of a browser."""
+    seen = []
+    files = []
+
+    def shows(address):
+        seen.append(address)
+        if address.startswith("file:"):
+            file = Path(unquote(urlsplit(address).path))
+            modes = [stat.S_IMODE(path.stat().st_mode) for path in (file, file.parent)]
+            assert modes == [0o600, 0o700]
+            files.append((file, html.unescape(file.read_text("utf-8"))))
+
+    def runs(*_):
+        assert not seen[-1].startswith("file:") or files[-1][0].exists()
+
+    monkeypatch.setenv("SERVE_TOKEN", variable)
+    monkeypatch.setattr(serve.webbrowser, "open", shows)
+    monkeypatch.setattr(serve.asking, "start", lambda _: None)
+    monkeypatch.setattr(serve.web, "listen", lambda *_: (None, None, "http://127.0.0.1:5"))
+    monkeypatch.setattr(serve.web, "run", runs)
+    for token in (True, False):
+        serve.run([], serve.Config(reward=(str(judge),), token=token, page=True))
+    is_open = ["http://127.0.0.1:5/"]
+    assert [address for address in seen if not address.startswith("file:")] == (
+        [] if variable else is_open
+    )
+    for file, content in files:
+        given = content.partition("0;url=http://127.0.0.1:5/#token=")[2].rpartition('">')[0]
+        assert given == variable or (not variable and len(given) >= 43)
+        assert given not in "".join(seen)
+        assert not file.parent.exists()
+    assert len(files) == (2 if variable else 1)
+    assert not variable or variable not in caplog.text

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import errno
 import json
 import socket
 import threading
@@ -11,14 +12,20 @@ from typing import NamedTuple
 
 import httpx
 import jax
+import openai.types
 import pytest
 from builders import initial_params
 from serving import chat_model, running
+from starlette.datastructures import URL
+from starlette.requests import HTTPConnection
 
-from rlhf_jax import models
+from rlhf_jax import errors, models
 from rlhf_jax.data.tokenizers import load_tokenizer
+from rlhf_jax.errors import UserError
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.inference import web
+from rlhf_jax.inference.labelling import settings
+from rlhf_jax.inference.labelling.store import Store
 from rlhf_jax.inference.serving import app
 
 HI = [{"role": "user", "content": "hello"}]
@@ -96,7 +103,7 @@ def refused(reply, status):
 TOO_MANY = 10**400
 WRONG_CHATS = {
     "messages": [[], "hello", [5], [{}], [{"role": 5, "content": "a"}], None],
-    "n": [-1, 0, 129, 1.5, True, "2", None, TOO_MANY],
+    "n": [-1, 0, 129, 1.5, True, "2", TOO_MANY],
     "max_tokens": [-1, LONG * 10, 1 << 31, TOO_MANY, "4"],
     "max_completion_tokens": [-1, LONG * 10],
     "temperature": [-1, 1e300, "hot", TOO_MANY],
@@ -114,9 +121,17 @@ WRONG_CHATS = {
     "chat_template_kwargs": ["a", [1]],
     "response_format": [{"type": "json_object"}],
     "logit_bias": [{"5": 1}],
-    "frequency_penalty": [0.5],
+    "frequency_penalty": [0.5, -0.1, True, "0"],
+    "presence_penalty": [1],
+    "verbosity": ["low"],
+    "functions": [[{"name": "a"}]],
+    "function_call": [{"name": "a"}],
+    "reasoning_effort": ["low"],
+    "web_search_options": [{}],
+    "audio": [{"voice": "a"}],
+    "moderation": [{}],
     "stream": ["yes", 1],
-    "stream_options": [{"unheard_of": True}],
+    "stream_options": [{"unheard_of": True}, {"include_obfuscation": True}],
     "row_keys": [[[1, 2, 3]], [[1, 2], [3, 4]], [[1 << 32, 0]]],
     "first_slot": [-1, 1 << 31],
     "model": [5, []],
@@ -130,6 +145,100 @@ def test_wrong_values_are_refused(site, key):
         message = refused(site.chat(**{key: value}), 400)
         assert key in message or key in ("max_tokens", "max_completion_tokens"), message
     assert site.is_well()
+
+
+OPENAI = {
+    CHAT: openai.types.chat.completion_create_params.CompletionCreateParamsBase,
+    TEXT: openai.types.completion_create_params.CompletionCreateParamsBase,
+}
+OURS = ("stop_token_ids", "ignore_eos", "skip_special_tokens", "return_token_ids", "row_keys")
+NEUTRAL = {
+    "n": 1,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0,
+    "logit_bias": {},
+    "logprobs": False,
+    "functions": [],
+    "function_call": "auto",
+    "modalities": ["text"],
+    "parallel_tool_calls": True,
+    "response_format": {"type": "text"},
+    "stop": [],
+    "store": False,
+    "stream": False,
+    "stream_options": {"include_usage": None, "include_obfuscation": False},
+    "tool_choice": "none",
+    "tools": [],
+    "top_logprobs": 0,
+    "top_p": 1,
+    "verbosity": "medium",
+}
+
+
+def test_what_asks_for_nothing_changes_nothing(site):
+    def said(reply):
+        assert reply.status_code == 200, reply.text
+        return reply.json()["choices"]
+
+    chat, text = {"seed": 3, "max_tokens": 4}, {"prompt": "hello", "seed": 3, "max_tokens": 4}
+    asked = {"temperature": 1, "ignore_eos": True}
+    of_chat = said(site.chat(**chat, temperature=1))
+    of_text = said(site.post(TEXT, text | asked))
+    nulls = dict.fromkeys((*OPENAI[CHAT].__annotations__, "stream", *OURS))
+    assert said(site.chat(**nulls | {"messages": HI} | chat | asked)) == of_chat
+    assert said(site.chat(**chat, temperature=1, **NEUTRAL)) == of_chat
+    nulls = dict.fromkeys((*OPENAI[TEXT].__annotations__, "stream", *OURS))
+    assert said(site.post(TEXT, nulls | text | asked)) == of_text
+    assert said(site.post(TEXT, text | asked | {"best_of": 1, "suffix": "", "n": 1})) == of_text
+    score = {"messages": [*HI, {"role": "assistant", "content": "a"}]}
+    nulls = dict.fromkeys(("model", "prompt", "prompts", "response", "responses", "query"))
+    assert site.post("/score", nulls | score).json() == site.post("/score", score).json()
+    refused(site.chat(messages=None), 400)
+    refused(site.post(TEXT, {"prompt": None}), 400)
+
+
+def test_a_model_of_the_list(site, folders):
+    policy, judge = str(folders[0]), folders[1]
+    listed = site.client.get("/v1/models").json()["data"]
+    for name, model in zip((policy, judge), listed, strict=True):
+        for path in (name, name.replace("/", "%2F")):
+            assert site.client.get(f"/v1/models/{path}").json() == model
+    for name in ("gpt-4", policy + "/", "", "%00", "a/b"):
+        reply = site.client.get(f"/v1/models/{name}")
+        refused(reply, 404)
+        assert reply.json()["error"]["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1/health?", "localhost/chat.js?", "localhost#/health"])
+def test_a_host_is_no_way_around_the_token(site, monkeypatch, host):
+    """Nor is it with a starlette that makes the path of the URL of it."""
+    made = lambda self: URL(f"http://{self.headers['host']}{self.scope['path']}")  # noqa: E731
+    monkeypatch.setattr(HTTPConnection, "url", property(made))
+    for name in (host, str(site.client.base_url.netloc.decode())):
+        reply = httpx.get(f"{site.client.base_url}/v1/models", headers={"host": name})
+        refused(reply, 421 if name == host else 401)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES])
+def test_a_full_disk_is_no_fault_of_the_request(number):
+    def told(fault):
+        return app._told(fault, app.Served({}, {}))[0]
+
+    fault = OSError(number, "no", "labels.jsonl")
+    with pytest.raises(UserError) as of_file, errors.file_errors("labels.jsonl", "written"):
+        raise fault
+    is_full = number != errno.EACCES
+    assert told(of_file.value) == (507 if is_full else 400)
+    assert told(fault) == (507 if is_full else 500)
+
+
+def test_a_full_disk_of_the_store(tmp_path):
+    config = settings.Config(out=str(tmp_path / "out"), answers="a.json")
+    with contextlib.closing(Store(tmp_path / "store", config)) as store:
+        store._db.execute("PRAGMA max_page_count = 1")
+        with pytest.raises(UserError) as full:
+            store.record("page", HI, ("a" * 100_000, "b"), "a", 0.0)
+    assert app._told(full.value, app.Served({}, {}))[0] == 507
 
 
 def turn(role, content, **more):

@@ -34,6 +34,9 @@ def ask(client, server):
 def test_models_are_listed(client, server):
     (model,) = client.models.list().data
     assert (model.id, model.object, model.kind) == (server[2], "model", "policy")
+    assert client.models.retrieve(server[2]) == model
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("gpt-4")
 
 
 def test_a_stream_says_what_the_whole_answer_says(ask):

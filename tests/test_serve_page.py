@@ -478,6 +478,9 @@ def test_a_token_stands_in_the_address(chat):
     assert alert.inner_text() == ""
     ask(page, "Hello")
     assert said(page) == ["base with seed 0: Hello"]
+    assert TOKEN not in page.url  # nor in the browser's history
+    page.reload()
+    page.locator("option", has_text="base").first.wait_for(state="attached")
     direct, errors = chat(Fake(BASE, JUDGE, token=TOKEN), f"#token={TOKEN}")
     ask(direct, "Hello")
     direct.get_by_text("rm 2.3").wait_for()

@@ -6,12 +6,19 @@ import asyncio
 import itertools
 
 import pytest
+from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 
 from rlhf_jax.inference import web
 
 HOST = (b"host", b"localhost:8000")
 OURS = (b"origin", b"http://localhost:8000")
+NO_HOSTS = (
+    *(b"", b"[", b"[]", b"[127.0.0.1]", b"[localhost]", b"::1", b"[::1", b"[::1]x", b"[::1%lo]"),
+    *(b"localhost:", b"localhost:x", b"localhost:80:80", b"localhost ", b" localhost", b":80"),
+    *(b"127.0.0.1/health?", b"127.0.0.1?x", b"localhost#x", b"a@localhost", b"localhost/"),
+    *(b"localhost\\x", b"localhost%00", b"http://localhost", b"localhost,localhost", b"\xb2"),
+)
 THEIRS = (b"origin", b"http://evil.example")
 
 
@@ -79,8 +86,7 @@ def test_reading_says_no_origin():
         (b"[::1]", 200),
         (b"Chat.Example.org", 200),
         (b"chat.example.org.evil.example", 421),
-        (b"", 421),
-        (b"[", 421),
+        *((host, 421) for host in NO_HOSTS),
     ],
 )
 def test_a_server_has_names(host, status):
@@ -105,7 +111,7 @@ def test_a_large_body_is_not_read_to_its_end():
 
 def test_a_refusal_of_ones_own():
     def limit(request):
-        return None if request.url.path == "/open" else (401, "no")
+        return None if request.scope["path"] == "/open" else (401, "no")
 
     def refusal(status, why):
         return PlainTextResponse(f"{why}!", status)
@@ -115,3 +121,19 @@ def test_a_refusal_of_ones_own():
     assert asked(HOST, path="/open", **how) == (200, b"answered")
     assert asked(HOST, refusal=refusal, **how) == (401, b"no!")
     assert asked(refusal=refusal, **how)[0] == 421
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_json"),
+    [
+        ("application/json", True),
+        ("Application/JSON", True),
+        ("APPLICATION/json ; charset=utf-8", True),
+        ("application/json2", False),
+        ("text/plain", False),
+        ("", False),
+    ],
+)
+def test_a_media_type_has_no_case(kind, is_json):
+    request = Request({"type": "http", "headers": [(b"content-type", kind.encode())]})
+    assert web.is_json(request) == is_json

@@ -3,8 +3,11 @@ long a connection may say nothing. SECURITY.md has the model.
 """
 
 import asyncio
+import collections
 import contextlib
 import ipaddress
+import re
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -18,9 +21,13 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from rlhf_jax.errors import UserError, logger
 
 MAX_WAIT = 10.0  # seconds for the lines before a body, and for a body
-MOST_WAITING = 100
-"""Connections of one address, such as a proxy's, that are open without a whole request; beyond it
-the oldest is closed."""
+MAX_UNREAD = 30.0  # seconds in which the reader of a reply takes none of it
+MOST_OPEN = 900
+"""Connections; beyond it the one that has said nothing for longest is closed, first among those
+that have never asked, and of these first one of the address, such as a proxy's, that has most."""
+_MOST_ANSWERED = 1000  # more connections than that, and requests get 503
+_UNREAD_BYTES = 1 << 16  # of a reply, in the kernel
+_HOST = re.compile(r"(?:\[([0-9a-f.]*:[0-9a-f:.]*)\]|([\w.-]+))(?::\d+)?", re.ASCII)
 _OPEN_TO_ALL = ("0.0.0.0", "::")
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
@@ -34,6 +41,12 @@ HEADERS = {
     "x-robots-tag": "noindex",
     "cache-control": "no-store",
 }
+
+
+def is_json(request: Request) -> bool:
+    """Whether a request says that its body is JSON."""
+    kind = request.headers.get("content-type", "").partition(";")[0]
+    return kind.strip().lower() == "application/json"
 
 
 class Guard:
@@ -124,13 +137,13 @@ class Guard:
 
     def _is_ours(self, host: str) -> bool:
         """Whether a Host header names this server. An address cannot be pointed here by DNS."""
-        try:
-            name = URL(f"//{host}").hostname or ""
-            if name in self._names:
-                return True
-            ipaddress.ip_address(name)
-        except ValueError:
+        parts = _HOST.fullmatch(host.lower())
+        if parts is None:
             return False
+        try:
+            ipaddress.ip_address(parts[1] or parts[2])
+        except ValueError:
+            return parts[2] in self._names
         return True
 
     async def _body(self, receive: Receive) -> bytes:
@@ -144,36 +157,57 @@ class Guard:
 
 
 class Connection(H11Protocol):
-    """uvicorn's protocol, which would wait for the rest of a request without end. Here the lines
-    before a body have ``MAX_WAIT`` seconds, from the connection or the reply before.
+    """uvicorn's protocol, which would wait for the rest of a request, and for the reader of a
+    reply, without end. Here the lines before a body have ``MAX_WAIT`` seconds, from the connection
+    or the reply before, and a reader takes something in each ``MAX_UNREAD`` seconds.
     """
 
-    _limit: asyncio.TimerHandle | None = None  # set while no request is being answered
+    _limit: asyncio.TimerHandle | None = None  # set while the client has to do something
+    _unread = 0  # bytes of replies when it was set
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._wait()
+        if len(self.connections) > MOST_OPEN:
+            self._make_room()
 
     def handle_events(self) -> None:
         super().handle_events()
-        if self.cycle is not None and not self.cycle.response_complete:
-            self._end_wait()
+        self._answers()
 
     def on_response_complete(self) -> None:
         self._wait()
         super().on_response_complete()
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._wait()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._answers()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_wait()
         super().connection_lost(exc)
 
+    def _answers(self) -> None:
+        """Ends the wait if it is the server's turn."""
+        is_answering = self.cycle is not None and not self.cycle.response_complete
+        if is_answering and not self.flow.write_paused:
+            self._end_wait()
+
     def _wait(self) -> None:
         self._end_wait()
-        self._limit = self.loop.call_later(MAX_WAIT, self._give_up)
-        others: set[Any] = self.connections
-        waiting = [one for one in others if one._limit and one._address == self._address]
-        if len(waiting) > MOST_WAITING:
-            min(waiting, key=lambda one: one._limit.when())._give_up()
+        self._unread = self.transport.get_write_buffer_size()
+        seconds = MAX_UNREAD if self._unread else MAX_WAIT
+        self._limit = self.loop.call_later(seconds, self._end_of_wait)
+
+    def _end_of_wait(self) -> None:
+        if self.transport.get_write_buffer_size() < self._unread:
+            self._wait()
+        else:
+            self._give_up()
 
     def _end_wait(self) -> None:
         if self._limit is not None:
@@ -182,7 +216,19 @@ class Connection(H11Protocol):
 
     def _give_up(self) -> None:
         self._end_wait()
+        self.connections.discard(self)
         self.transport.abort()
+
+    def _make_room(self) -> None:
+        others: set[Any] = self.connections
+        waiting = [one for one in others if one._limit and one is not self]
+        silent = collections.Counter(one._address for one in waiting if one.cycle is None)
+
+        def order(one: Any) -> tuple[int, float]:
+            return -silent[one._address] if one.cycle is None else 0, one._limit.when()
+
+        if waiting:
+            min(waiting, key=order)._give_up()
 
     @property
     def _address(self) -> str:
@@ -207,12 +253,14 @@ def listen(app: Any, host: str, port: int) -> tuple[uvicorn.Server, Any, str]:
             proxy_headers=False,
             http=Connection,
             ws="none",
-            limit_concurrency=1000,
+            limit_concurrency=_MOST_ANSWERED,
             timeout_graceful_shutdown=5,
         )
     )
     try:
         listening = web.config.bind_socket()
+        # A large buffer would hide for long whether a reader takes anything.
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNREAD_BYTES)
         listening.listen(2048)  # a browser that is faster than the start waits
     except SystemExit:
         raise UserError(f"--port: {host}:{port} cannot be used; choose another") from None

@@ -24,7 +24,7 @@ from starlette.types import ASGIApp
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.inference.labelling import markup
 from rlhf_jax.inference.labelling.store import Store
-from rlhf_jax.inference.web import Guard
+from rlhf_jax.inference.web import Guard, is_json
 
 MAX_BODY = 16_384
 RATE = 10.0
@@ -107,8 +107,7 @@ async def _not_kept(_: Request, error: Exception) -> Response:
 
 async def _read(request: Request, form: type[_Undo]) -> _Undo:
     """The body of a request, which must be JSON of this form."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip()
-    if kind != "application/json":
+    if not is_json(request):
         raise HTTPException(415)
     try:
         return msgspec.convert(json.loads(await request.body()), form)

@@ -180,7 +180,7 @@ class Store:
         except sqlite3.Error as error:
             raise UserError(
                 f"{self.path}: cannot be used: {error}. Judgements that were confirmed are kept"
-            ) from None
+            ) from error
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:

@@ -4,9 +4,11 @@ import asyncio
 import base64
 import contextlib
 import dataclasses
+import errno
 import hmac
 import json
 import secrets
+import sqlite3
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
@@ -28,6 +30,7 @@ from rlhf_jax.errors import UserError, logger
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.inference import label, web
 from rlhf_jax.inference.labelling.store import Store
+from rlhf_jax.inference.serving import protocol
 from rlhf_jax.inference.serving.answers import Answers, Policy
 from rlhf_jax.inference.serving.protocol import Chat, Completion, Judgement, Refused, Score
 
@@ -82,11 +85,10 @@ def build(served: Served, lifespan: Any = None) -> ASGIApp:
         """An endpoint of a body of this form."""
 
         async def respond(request: Request) -> Response:
-            kind = request.headers.get("content-type", "").partition(";")[0].strip()
-            if kind != "application/json":
+            if not web.is_json(request):
                 return error(415, "the body must be application/json")
             try:
-                given = msgspec.json.decode(await request.body(), type=form)
+                given = protocol.read(await request.body(), form)
                 async with asyncio.timeout(served.seconds):
                     return await answer(served, given, request)
             except Exception as fault:
@@ -99,6 +101,7 @@ def build(served: Served, lifespan: Any = None) -> ASGIApp:
         *(Route(path, lambda _, file=file: _file(*file)) for path, file in _FILES.items()),
         Route("/health", lambda _: Response()),
         Route("/v1/models", lambda _: JSONResponse(_models(served))),
+        Route("/v1/models/{name:path}", lambda request: _model(served, request)),
         Route("/v1/chat/completions", reads(Chat, _complete), methods=["POST"]),
         Route("/v1/completions", reads(Completion, _complete), methods=["POST"]),
         Route("/v1/score", scores, methods=["POST"]),
@@ -113,7 +116,7 @@ def build(served: Served, lifespan: Any = None) -> ASGIApp:
     app.router.redirect_slashes = False
 
     def unknown(request: Request) -> tuple[int, str] | None:
-        if served.token is None or request.url.path in (*_FILES, "/health"):
+        if served.token is None or request.scope["path"] in (*_FILES, "/health"):
             return None
         kind, _, given = request.headers.get("authorization", "").partition(" ")
         if kind == "Basic":  # of an address http://anybody:TOKEN@HOST
@@ -137,12 +140,21 @@ def _told(fault: Exception, served: Served) -> tuple[int, str, str | None]:
     """What is said of an exception: the status, the message and a code."""
     if isinstance(fault, Refused):
         return fault.status, str(fault), fault.code
+    if _is_full(fault.__cause__ or fault):
+        return 507, str(fault), None
     if isinstance(fault, msgspec.MsgspecError | UserError | RecursionError | UnicodeError):
         return 400, str(fault), None
     if isinstance(fault, TimeoutError):
         return 504, f"no whole answer within {served.seconds:g} seconds", None
     logger.warning(f"a request failed: {type(fault).__name__}: {fault}")
     return 500, "the server failed; its log says why", None
+
+
+def _is_full(fault: BaseException) -> bool:
+    """Whether a disk was full for a file or for the store."""
+    if isinstance(fault, sqlite3.Error):
+        return fault.sqlite_errorcode == sqlite3.SQLITE_FULL
+    return isinstance(fault, OSError) and fault.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _models(served: Served) -> dict[str, Any]:
@@ -159,6 +171,14 @@ def _models(served: Served) -> dict[str, Any]:
     common = {"object": "model", "created": 0, "owned_by": "rlhf_jax"}
     labels = served.labels and str(served.labels.out)
     return {"object": "list", "data": [one | common for one in data], "judgements": labels}
+
+
+def _model(served: Served, request: Request) -> Response:
+    name = request.path_params["name"]
+    for model in _models(served)["data"]:
+        if model["id"] == name:
+            return JSONResponse(model)
+    return error(404, f"there is no model {name!r} here", "model_not_found")
 
 
 def _named(models: Mapping[str, Any], name: str | None, kind: str) -> tuple[str, Any]:

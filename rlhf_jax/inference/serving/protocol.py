@@ -1,9 +1,10 @@
 """The requests that the server reads: OpenAI's, with the keys that vLLM and other servers add.
 
-A key that would change the answer and is not read is refused; so is a key that nobody knows.
+A key that would change the answer and is not read is refused; so is a key that nobody knows. A key
+that is null is not given.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -19,6 +20,10 @@ _Share = Annotated[float, Meta(ge=0, le=1)]
 _Stop = Annotated[str, Meta(min_length=1, max_length=1000)]
 
 
+_Zero = Annotated[float, Meta(ge=0, le=0)]
+_Form = TypeVar("_Form")
+
+
 class Refused(Exception):
     """A request that gets no answer."""
 
@@ -28,8 +33,17 @@ class Refused(Exception):
         self.code = code
 
 
+def read(body: bytes, form: type[_Form]) -> _Form:
+    """The body of a request."""
+    given = msgspec.json.decode(body)
+    if isinstance(given, dict):
+        given = {key: value for key, value in given.items() if value is not None}
+    return msgspec.convert(given, form)
+
+
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
-    include_usage: bool = False
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
 
 
 class Request(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -64,10 +78,11 @@ class Request(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     service_tier: Any = None
     safety_identifier: Any = None
     prompt_cache_key: Any = None
+    prompt_cache_options: Any = None
     prompt_cache_retention: Any = None
     # Read if they ask for nothing.
-    frequency_penalty: Literal[0] | None = None
-    presence_penalty: Literal[0] | None = None
+    frequency_penalty: _Zero = 0
+    presence_penalty: _Zero = 0
     logit_bias: Annotated[dict[str, Any], Meta(max_length=0)] | None = None
 
 
@@ -94,6 +109,10 @@ class Chat(Request, kw_only=True):
     chat_template_kwargs: dict[str, Any] | None = None
     response_format: dict[Literal["type"], Literal["text"]] | None = None
     modalities: list[Literal["text"]] | None = None
+    verbosity: Literal["medium"] | None = None
+    functions: Annotated[list[Any], Meta(max_length=0)] | None = None
+    function_call: Literal["auto", "none"] | None = None  # of functions
+    prediction: Any = None  # makes OpenAI's server faster
 
 
 class Columns(msgspec.Struct, frozen=True):

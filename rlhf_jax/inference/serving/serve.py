@@ -3,10 +3,12 @@
 import asyncio
 import contextlib
 import dataclasses
+import html
 import ipaddress
 import itertools
 import os
 import secrets
+import tempfile
 import webbrowser
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
@@ -42,12 +44,30 @@ def run(folders: Sequence[str], config: Config) -> None:
         server, listening, address = web.listen(application(served), config.host, config.port)
         for name in [*served.policies, *served.judges]:
             logger.info(f"{address}/v1 serves {name}")
-        with_token = f"{address}/" if served.token is None else f"{address}/#token={served.token}"
+        page = f"{address}/"
+        with_token = page if served.token is None else f"{page}#token={served.token}"
         is_known = served.token == os.environ.get("SERVE_TOKEN")
-        logger.info(f"page: {f'{address}/' if is_known else with_token}")
-        if config.page:
-            webbrowser.open(with_token)
-        web.run(server, listening)
+        logger.info(f"page: {page if is_known else with_token}")
+        with contextlib.ExitStack() as stack:
+            if config.page:
+                shown = page if with_token == page else stack.enter_context(_leading(with_token))
+                webbrowser.open(shown)
+            web.run(server, listening)
+
+
+@contextlib.contextmanager
+def _leading(address: str) -> Iterator[str]:
+    """The address of a page that leads on and that only the owner reads: everybody may read the
+    command line of a browser.
+    """
+    with tempfile.TemporaryDirectory(prefix="rlhf_jax_") as folder:  # of mode 700
+        file = Path(folder, "page.html")
+        file.touch(0o600)
+        to = f"0;url={html.escape(address)}"
+        file.write_text(
+            f'<meta charset="utf-8"><meta http-equiv="refresh" content="{to}">', "utf-8"
+        )
+        yield file.as_uri()
 
 
 @contextlib.contextmanager
