@@ -216,7 +216,6 @@ class Connection(H11Protocol):
 
     def _give_up(self) -> None:
         self._end_wait()
-        self.connections.discard(self)
         self.transport.abort()
 
     def _make_room(self) -> None:
