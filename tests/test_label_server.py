@@ -17,7 +17,7 @@ import httpx
 import pytest
 import uvicorn
 from builders import json_lines
-from starlette.responses import PlainTextResponse, StreamingResponse
+from starlette.responses import StreamingResponse
 
 from rlhf_jax import cli
 from rlhf_jax.errors import UserError
@@ -399,29 +399,6 @@ def test_connections_that_have_asked_are_closed_last(site, monkeypatch):
     closed, oldest = asyncio.run(talk())
     assert closed == [True] * 8 + [False] * 2
     assert oldest == [True] * 3 + [False] * 7
-
-
-def test_the_address_with_most_silent_connections_is_closed_first(monkeypatch):
-    how = uvicorn.Config(PlainTextResponse("a"), log_level="critical", ws="none")
-    how.load()
-    state = uvicorn.server.ServerState()
-    monkeypatch.setattr(web, "MOST_OPEN", 3)
-
-    class Wire(asyncio.Transport):
-        def abort(self):
-            closed.append(self.get_extra_info("peername")[0])
-
-        def get_write_buffer_size(self):
-            return 0
-
-    async def talk():
-        for address in ("10.0.0.1", "10.0.0.2", "10.0.0.2", "10.0.0.3", "10.0.0.4"):
-            one = web.Connection(how, state, {})
-            one.connection_made(Wire({"peername": (address, 5)}))
-
-    closed = []
-    asyncio.run(talk())
-    assert closed == ["10.0.0.2", "10.0.0.1"]
 
 
 @contextlib.asynccontextmanager

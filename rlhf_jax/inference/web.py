@@ -3,7 +3,6 @@ long a connection may say nothing. SECURITY.md has the model.
 """
 
 import asyncio
-import collections
 import contextlib
 import ipaddress
 import re
@@ -23,8 +22,8 @@ from rlhf_jax.errors import UserError, logger
 MAX_WAIT = 10.0  # seconds for the lines before a body, and for a body
 MAX_UNREAD = 30.0  # seconds in which the reader of a reply takes none of it
 MOST_OPEN = 900
-"""Connections; beyond it the one that has said nothing for longest is closed, first among those
-that have never asked, and of these first one of the address, such as a proxy's, that has most."""
+"""Connections; beyond it one that waits for its client is closed: first those that have never
+asked, and of these the oldest."""
 _MOST_ANSWERED = 1000  # more connections than that, and requests get 503
 _UNREAD_BYTES = 1 << 16  # of a reply, in the kernel
 _HOST = re.compile(r"(?:\[([0-9a-f.]*:[0-9a-f:.]*)\]|([\w.-]+))(?::\d+)?", re.ASCII)
@@ -168,8 +167,10 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._wait()
-        if len(self.connections) > MOST_OPEN:
-            self._make_room()
+        others: set[Any] = self.connections
+        waiting = [one for one in others if one._limit and one is not self]
+        if waiting and len(others) > MOST_OPEN:
+            min(waiting, key=lambda one: (one.cycle is not None, one._limit.when()))._give_up()
 
     def handle_events(self) -> None:
         super().handle_events()
@@ -217,21 +218,6 @@ class Connection(H11Protocol):
     def _give_up(self) -> None:
         self._end_wait()
         self.transport.abort()
-
-    def _make_room(self) -> None:
-        others: set[Any] = self.connections
-        waiting = [one for one in others if one._limit and one is not self]
-        silent = collections.Counter(one._address for one in waiting if one.cycle is None)
-
-        def order(one: Any) -> tuple[int, float]:
-            return -silent[one._address] if one.cycle is None else 0, one._limit.when()
-
-        if waiting:
-            min(waiting, key=order)._give_up()
-
-    @property
-    def _address(self) -> str:
-        return self.client[0] if self.client else ""
 
 
 def listen(app: Any, host: str, port: int) -> tuple[uvicorn.Server, Any, str]:
