@@ -113,8 +113,8 @@ def no_folder(name: str | os.PathLike[str]) -> UserError:
 
 @contextlib.contextmanager
 def file_errors(path: object, verb: str = "read") -> Iterator[None]:
-    """Says as a UserError why a file or folder cannot be read (or written), or that it or its name
-    is not UTF-8.
+    """Says as a UserError, caused by the OSError, why a file or folder cannot be read (or written),
+    or that it or its name is not UTF-8.
     """
     try:
         yield

@@ -177,8 +177,8 @@ def test_another_run_gives_the_second_answer(runs, ask, tmp_path):
 def test_the_summary_counts_whose_answer_was_preferred(runs, ask, tmp_path):
     flags = {"temperature": 0.5, "count": 6}  # as above
     _, _, summary = ask(["a"] * 9, against=str(runs / "other"), **flags)
-    session = json.loads((tmp_path / "out.jsonl.session.json").read_text())
-    of_run = [given["order"][0] == 0 for given in session["judgements"] if given["choice"] == "a"]
+    given = store.read(store.file_of(tmp_path / "out.jsonl"))
+    of_run = [one.order[0] == 0 for one in given if one.choice == "a"]
     won = sum(of_run[:6])
     assert 0 < won < 6
     low, high = metrics.wilson(won / 6, num=6)
@@ -209,7 +209,7 @@ def test_what_was_begun_otherwise_is_refused(ask, tmp_path):
             Config(prompts=("a",), out="b", **config)
 
 
-def test_a_judgement_survives_a_kill_between_the_files(ask, tmp_path, monkeypatch):
+def test_judgements_survive_a_kill_between_the_files(ask, tmp_path, monkeypatch):
     write = label.write_atomically
 
     def killed(path, content):
@@ -220,9 +220,10 @@ def test_a_judgement_survives_a_kill_between_the_files(ask, tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(label, "write_atomically", killed)
         with pytest.raises(KeyboardInterrupt):
-            ask(later)
+            ask(["a", "b", "q"])
+    assert json_lines(tmp_path / "out.jsonl") == []
     ask(["q"])
-    assert len(json_lines(tmp_path / "out.jsonl")) == 1
+    assert len(json_lines(tmp_path / "out.jsonl")) == 2
 
 
 def test_a_file_has_the_pairs_of_the_terminal_too_and_the_page_goes_on(tmp_path, monkeypatch):
@@ -269,8 +270,8 @@ def test_the_command_reads_the_choices_from_a_pipe(runs, tmp_path, monkeypatch, 
 def test_the_page_shows_what_the_terminal_shows(runs, ask, tmp_path):
     """The run's answers; and of all of them those on which reward models disagree."""
     ask(later, name="terminal.jsonl")
-    session = json.loads((tmp_path / "terminal.jsonl.session.json").read_text())
-    answers = [given["answers"] for given in session["judgements"][:NUM_PAIRS]]
+    judged = store.read(store.file_of(tmp_path / "terminal.jsonl"))
+    answers = [given.answers for given in judged[:NUM_PAIRS]]
     files = {"prompts": (str(runs / "prompts.txt"),), "out": str(tmp_path / "out.jsonl")}
     how = {**files, "serve": True, "annotators": ("ana",)}
     source = pairs.open_source(str(runs / "policy"), Config(**how))

@@ -2,16 +2,16 @@
 model wrote which answer; one of them in the terminal, or several on a page (`labelling.serve`).
 
 OUT has rows of preferences that ``reward-model``, ``dpo`` and ``kto`` read. The judgements are kept
-in OUT.session.sqlite, and OUT.session.json has them in order. The same command continues after the
-last one.
+in OUT.session.sqlite, and OUT follows it. The same command continues after the last one.
 """
 
 import contextlib
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import numpy as np
 
@@ -25,24 +25,29 @@ from rlhf_jax.inference.labelling.settings import Config
 from rlhf_jax.inference.labelling.store import Store, Task, file_of, is_new, rows
 from rlhf_jax.runs.writing import one_writer, refuse_links, write_atomically
 
+WRITE_EVERY = 2.0
+"""Seconds between two writings of OUT, or ten times as long as one takes."""
+
 KEYS = {"a": "a", "b": "b", "t": "tie", "s": "skip", "u": "undo", "q": "quit"}
 QUESTION = "a, b, t(ie), s(kip), u(ndo), q(uit)?"
 
 
 class _SessionFile(TypedDict):
     shown: int
-    judgements: list[Any]
+    judgements: int
 
 
 @contextlib.contextmanager
 def opened(
     config: Config, open_source: Callable[[], pairs.Source]
 ) -> Iterator[tuple[Store, pairs.Source]]:
-    """The store of OUT, and the pairs that go into it.
+    """The store of OUT, and the pairs that go into it. OUT is written at the start, every
+    ``WRITE_EVERY`` seconds if the store has changed, and at the end.
 
     Raises:
         UserError: another process writes OUT, or it was begun with other settings; the store is
-            damaged, or lacks judgements; a folder, a file or a row is wrong.
+            damaged, or lacks judgements; a folder, a file or a row is wrong; OUT cannot be written
+            at the start or at the end.
     """
     out = Path(config.out)
     path = file_of(out)
@@ -58,8 +63,38 @@ def opened(
             )
         with contextlib.closing(Store(path, config)) as store:
             begin(store, source, config)
-            write(store, out)
-            yield store, source
+            with _followed(store, out):
+                yield store, source
+
+
+@contextlib.contextmanager
+def _followed(store: Store, out: Path) -> Iterator[None]:
+    """OUT follows the store while the block is open."""
+    written = store.num_changes()
+    write(store, out)
+    ended = threading.Event()
+
+    def follow() -> None:
+        nonlocal written
+        pause = WRITE_EVERY
+        while not ended.wait(pause):
+            since, now = time.monotonic(), store.num_changes()
+            try:
+                if now != written:
+                    write(store, out)
+                    written = now
+            except UserError as error:  # a full disk: the store has what it confirmed
+                logger.warning(str(error))
+            pause = max(WRITE_EVERY, 10 * (time.monotonic() - since))
+
+    writer = threading.Thread(target=follow, name="labels", daemon=True)
+    writer.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        writer.join()
+        write(store, out)
 
 
 def begin(store: Store, source: pairs.Source, config: Config) -> None:
@@ -71,7 +106,7 @@ def begin(store: Store, source: pairs.Source, config: Config) -> None:
     beside = session_file(out)
     if beside.exists():
         written = asking.read_beside(out, beside, _SessionFile)
-        if (store.num_shown(), num_given) < (written["shown"], len(written["judgements"])):
+        if (store.num_shown(), num_given) < (written["shown"], written["judgements"]):
             raise UserError(
                 f"{store.path}: lacks judgements that {beside.name} has. Put the whole store "
                 "back, with its -wal file, or choose another --out"
@@ -87,20 +122,18 @@ def begin(store: Store, source: pairs.Source, config: Config) -> None:
 
 
 def session_file(out: Path) -> Path:
-    """Where the judgements can be read; the store is checked against it."""
+    """Says how much the store must hold: a store that lost judgements is not continued."""
     return out.with_name(f"{out.name}.session.json")
 
 
 def write(store: Store, out: Path) -> None:
-    """Writes OUT and OUT.session.json, which hold what the store holds."""
+    """Writes OUT, the rows of what the store holds, and OUT.session.json, how much that is."""
     num_shown = store.num_shown()  # first: it grows when a judgement is taken back meanwhile
     judgements = store.judgements()
-    listed = [given._asdict() for given in judgements]
-    session = {"settings": store.settings(), "shown": num_shown, "judgements": listed}
+    session = _SessionFile(shown=num_shown, judgements=len(judgements))
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows(judgements)]
-    with file_errors(out, "written"):
-        text = json.dumps(session, indent=1, ensure_ascii=False) + "\n"
-        write_atomically(session_file(out), text)
+    with file_errors(f"{out}, whose judgements {store.path.name} keeps,", "written"):
+        write_atomically(session_file(out), json.dumps(session) + "\n")
         write_atomically(out, "".join(lines))
 
 
@@ -159,7 +192,6 @@ def run(folder: str | None, config: Config, lines: Iterator[str], console: Conso
                 store.undo(person, last)
             else:
                 console.note("nothing to undo")
-            write(store, Path(config.out))
         return conclude(store, source, folder, config)
 
 

@@ -1,6 +1,4 @@
-"""Serves the page: its tokens, its connections, the pairs that are sampled while people label, and
-OUT, which is kept up to date.
-"""
+"""Serves the page: its tokens, its connections, and pairs that are sampled while people label."""
 
 import asyncio
 import contextlib
@@ -20,7 +18,6 @@ from rlhf_jax.inference.labelling.settings import Config
 from rlhf_jax.inference.labelling.store import Store
 from rlhf_jax.runs.writing import refuse_links, write_atomically
 
-_WRITE_EVERY = 2.0  # seconds
 _PATIENCE = 5.0  # seconds for a batch that is being sampled when the server ends
 
 
@@ -93,14 +90,10 @@ def _serve(store: Store, source: pairs.Source, config: Config, own: dict[str, st
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Any) -> AsyncIterator[None]:
-        stopping = asyncio.Event()
         feeder.start()
-        writer = asyncio.create_task(_write_often(store, Path(config.out), stopping))
         try:
             yield
         finally:
-            stopping.set()
-            await writer
             await asyncio.to_thread(feeder.stop)
 
     served, listening, address = web.listen(server.build(page, lifespan), config.host, config.port)
@@ -110,21 +103,6 @@ def _serve(store: Store, source: pairs.Source, config: Config, own: dict[str, st
     web.run(served, listening)
     if feeder.error is not None:
         raise feeder.error
-
-
-async def _write_often(store: Store, out: Path, stopping: asyncio.Event) -> None:
-    """Writes OUT when the store has changed."""
-    written = -1
-    while not stopping.is_set():
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(stopping.wait(), _WRITE_EVERY)
-        now = store.num_changes()
-        try:
-            if now != written:
-                await asyncio.to_thread(label.write, store, out)
-                written = now
-        except UserError as error:  # a full disk: the store has what it confirmed
-            logger.warning(str(error))
 
 
 class Feeder(threading.Thread):

@@ -115,10 +115,15 @@ async def _read(request: Request, form: type[_Undo]) -> _Undo:
         raise HTTPException(400) from None
 
 
-def _state(page: Page, name: str) -> dict[str, Any]:
-    """All that the script shows."""
+def _state(page: Page, name: str, is_after: bool = False) -> dict[str, Any]:
+    """All that the script shows; ``is_after``: of a reply to what the store has kept."""
     is_complete = page.is_complete()  # first: a pair may be added meanwhile
-    task = page.store.next(name, is_complete=is_complete)
+    try:
+        task = page.store.next(name, is_complete=is_complete)
+    except UserError:  # on a disk that is full now; the script will ask again
+        if not is_after:
+            raise
+        task, is_complete = None, False
     progress = page.store.progress(name, 0 if is_complete else page.num_pairs)
     shown = (
         None
@@ -153,12 +158,12 @@ def _judge(page: Page, name: str, given: _Judgement) -> dict[str, Any]:
         strength=given.strength,
         reason=reason,
     )
-    return _state(page, name) | {"kept": kept}
+    return _state(page, name, is_after=True) | {"kept": kept}
 
 
 def _undo(page: Page, name: str, given: _Undo) -> dict[str, Any]:
     kept = page.store.undo(name, given.id)
-    return _state(page, name) | {"kept": kept}
+    return _state(page, name, is_after=True) | {"kept": kept}
 
 
 class Rate:

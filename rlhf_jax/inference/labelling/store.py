@@ -241,7 +241,8 @@ class Store:
     def judgements(self) -> list[Judgement]:
         """All judgements in the order in which they were given."""
         with self._transaction() as db:
-            return _judgements(db)
+            found = db.execute(_JUDGEMENTS).fetchall()
+        return _judgements(found)
 
     def next(self, annotator: str, *, is_complete: bool) -> Task | None:
         """The pair that the annotator is to judge; the same one until it is judged.
@@ -381,7 +382,7 @@ def read(path: Path) -> list[Judgement]:
         UserError: the file is no store, or is damaged.
     """
     with _undamaged(path) as db:
-        return _judgements(db)
+        return _judgements(db.execute(_JUDGEMENTS))
 
 
 @contextlib.contextmanager
@@ -418,9 +419,9 @@ def _checksum(*values: object) -> int:
     return zlib.crc32(repr(values).encode("utf-8", "surrogatepass"))
 
 
-def _judgements(db: sqlite3.Connection) -> list[Judgement]:
+def _judgements(values: Iterable[tuple[Any, ...]]) -> list[Judgement]:
     found = []
-    for pair, prompt, answers, first, choice, again, *others in db.execute(_JUDGEMENTS):
+    for pair, prompt, answers, first, choice, again, *others in values:
         shown = json.loads(prompt), json.loads(answers), [first, 1 - first]
         found.append(Judgement(pair, *shown, choice, bool(again), *others))
     return found

@@ -4,8 +4,8 @@ import asyncio
 import base64
 import contextlib
 import dataclasses
-import errno
 import hmac
+import itertools
 import json
 import secrets
 import sqlite3
@@ -24,11 +24,11 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from rlhf_jax.data import conversation
+from rlhf_jax.data import chat, conversation, files, formats
 from rlhf_jax.data.rows import Record
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.generation.generator import LanguageModel
-from rlhf_jax.inference import label, web
+from rlhf_jax.inference import web
 from rlhf_jax.inference.labelling.store import Store
 from rlhf_jax.inference.serving import protocol
 from rlhf_jax.inference.serving.answers import Answers, Policy
@@ -57,7 +57,6 @@ class Labels(NamedTuple):
 
     store: Store
     out: Path
-    writing: asyncio.Lock
 
 
 class Served(NamedTuple):
@@ -140,21 +139,15 @@ def _told(fault: Exception, served: Served) -> tuple[int, str, str | None]:
     """What is said of an exception: the status, the message and a code."""
     if isinstance(fault, Refused):
         return fault.status, str(fault), fault.code
-    if _is_full(fault.__cause__ or fault):
-        return 507, str(fault), None
+    if isinstance(fault.__cause__, OSError | sqlite3.OperationalError):
+        logger.warning(str(fault))
+        return 507, f"this was not saved: {fault}", None
     if isinstance(fault, msgspec.MsgspecError | UserError | RecursionError | UnicodeError):
         return 400, str(fault), None
     if isinstance(fault, TimeoutError):
         return 504, f"no whole answer within {served.seconds:g} seconds", None
     logger.warning(f"a request failed: {type(fault).__name__}: {fault}")
     return 500, "the server failed; its log says why", None
-
-
-def _is_full(fault: BaseException) -> bool:
-    """Whether a disk was full for a file or for the store."""
-    if isinstance(fault, sqlite3.Error):
-        return fault.sqlite_errorcode == sqlite3.SQLITE_FULL
-    return isinstance(fault, OSError) and fault.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _models(served: Served) -> dict[str, Any]:
@@ -290,13 +283,18 @@ async def _judge(served: Served, given: Judgement, _: Request) -> Response:
     """Keeps a judgement of the page."""
     if served.labels is None:
         raise Refused(404, "judgements are not kept here: start the server with --labels FILE")
-    store, out, writing = served.labels
-    turns = conversation.messages_of(Record({"messages": given.messages}, "the pair"), "messages")
+    await run_in_threadpool(_keep, served, served.labels.store, given)
+    return JSONResponse({"kept": True, "file": str(served.labels.out)})
 
-    def keep() -> None:
-        store.record("page", turns, given.answers, given.choice, given.seconds)
-        label.write(store, out)
 
-    async with writing:
-        await run_in_threadpool(keep)
-    return JSONResponse({"kept": True, "file": str(out)})
+def _keep(served: Served, store: Store, given: Judgement) -> None:
+    """Keeps a judgement that a model with the template of the first one here can train on."""
+    where = "the judgement"
+    turns = conversation.messages_of(Record({"messages": given.messages}, where), "messages")
+    pair = dict(zip(formats.PAIR, given.answers, strict=True))
+    line = json.dumps({"prompt": turns} | pair, ensure_ascii=False).encode()
+    policies = (policy.generator.tokenizer for policy in served.policies.values())
+    judges = (judge.model.tokenizer for judge in served.judges.values())
+    template = chat.template_of(next(itertools.chain(policies, judges)), chat.AUTO)
+    formats.read("pairs", {where: files.parse_bytes(line, where)}, template=template)
+    store.record("page", turns, given.answers, given.choice, given.seconds)

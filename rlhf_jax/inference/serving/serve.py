@@ -139,4 +139,4 @@ def _labels(out: str | None) -> Iterator[Labels | None]:
     settings = label_settings.Config(out=out, answers="the chat page")
     source = pairs.Source({"answers": "the chat page"}, 0, lambda _: iter(()))
     with label.opened(settings, lambda: source) as (store, _):
-        yield Labels(store, Path(out), asyncio.Lock())
+        yield Labels(store, Path(out))
