@@ -516,6 +516,27 @@ def test_a_full_disk_is_a_sentence_on_the_page(site):
     assert asked.store.judgements() == []
 
 
+@pytest.mark.parametrize("path", ["judgement", "undo"])
+def test_what_was_kept_is_not_refused_because_no_pair_follows(site, monkeypatch, path):
+    """The disk is full after the judgement: the script hears that it is kept, and asks again."""
+    asked = site()
+    store = asked.store
+    task = store.next("ana", is_complete=True).id
+    if path == "undo":
+        assert store.judge("ana", task, "a", seconds=0)
+
+    def full(*_, **__):
+        raise UserError("database or disk is full")
+
+    monkeypatch.setattr(store, "next", full)
+    request = judgement(task) if path == "judgement" else ("POST", f"{ANA}/undo", {"id": task})
+    kept, later = asked.ask(request, ("GET", f"{ANA}/pair", None))
+    assert (kept.status_code, kept.json()["kept"]) == (200, True)
+    assert kept.json()["waiting"]
+    assert len(store.judgements()) == (path == "judgement")
+    assert later.status_code == 507
+
+
 def test_many_people_at_once(site):
     """Each pair is judged by exactly two, no judgement is lost or counted twice."""
     people = [f"person{i}" for i in range(20)]

@@ -1,5 +1,7 @@
 """Labels of several people: statistics by hand, rows that stages read, which pairs, the store."""
 
+import contextlib
+import errno
 import html
 import json
 import math
@@ -12,15 +14,17 @@ import time
 
 import numpy as np
 import pytest
-from builders import write_run
+from builders import json_lines, write_run
 
 from rlhf_jax import cli
 from rlhf_jax.data import formats
 from rlhf_jax.errors import UserError
+from rlhf_jax.inference import label
 from rlhf_jax.inference.labelling import markup, pairs, serve, store, summary
 from rlhf_jax.inference.labelling.settings import Config
 from rlhf_jax.inference.labelling.store import Judgement
 from rlhf_jax.report import figures
+from rlhf_jax.runs import reading
 
 
 def config(tmp_path, **given):
@@ -418,6 +422,93 @@ def test_a_full_disk_loses_nothing(opened, tmp_path):
         kept.judge("ana", task.id, "b", seconds=0, reason="x" * 100_000)
     assert [given.choice for given in store.read(kept.path)] == ["a"]
     assert kept.judge("ana", task.id, "b", seconds=0)  # as soon as there is room
+
+
+@contextlib.contextmanager
+def labelled(tmp_path):
+    """The store of an OUT, into which judgements are recorded."""
+    how = config(tmp_path)
+    with label.opened(how, lambda: pairs.Source({}, 0, None)) as (kept, _):
+        yield kept, tmp_path / "prefs.jsonl"
+
+
+def record(kept, number, choice="a"):
+    kept.record("ana", f"prompt {number}", ["yes", f"no {number}"], choice, 1.0)
+
+
+def wait_until(holds):
+    end = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_store_opens_again_however_much_it_holds(tmp_path, monkeypatch):
+    """What grows with the judgements is read without a limit of its parts."""
+    monkeypatch.setattr(reading, "_MAX_PARTS", 40)
+    with labelled(tmp_path) as (kept, out):
+        for number in range(50):
+            record(kept, number)
+    size = label.session_file(out).stat().st_size
+    with labelled(tmp_path) as (kept, _):
+        assert len(kept.judgements()) == 50
+        record(kept, 50)
+    assert label.session_file(out).stat().st_size == size
+
+
+def full_disk(path, content):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+def test_the_file_follows_the_store_and_a_full_disk(tmp_path, monkeypatch, caplog):
+    """What is confirmed while the file cannot be written is in it, once, as soon as it can be."""
+    monkeypatch.setattr(label, "WRITE_EVERY", 0.01)
+    with labelled(tmp_path) as (kept, out):
+        record(kept, 0)
+        wait_until(lambda: len(json_lines(out)) == 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(label, "write_atomically", full_disk)
+            record(kept, 1)
+            wait_until(lambda: "No space left" in caplog.text)
+            assert len(json_lines(out)) == 1
+        wait_until(lambda: len(json_lines(out)) == 2)
+        written = out.stat().st_mtime_ns
+        time.sleep(0.05)
+        assert out.stat().st_mtime_ns == written  # nothing has changed
+
+
+def test_a_disk_that_stays_full_ends_with_an_error_and_nothing_is_lost(tmp_path, monkeypatch):
+    def until_the_disk_is_full(patch):
+        with labelled(tmp_path) as (kept, _):
+            record(kept, 0)
+            patch.setattr(label, "write_atomically", full_disk)
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UserError, match=r"session\.sqlite\): cannot be written: No sp") as caught,
+    ):
+        until_the_disk_is_full(patch)
+    assert caught.value.__cause__.errno == errno.ENOSPC
+    with labelled(tmp_path) as (_, out):
+        assert [row["chosen"] for row in json_lines(out)] == ["yes"]
+
+
+def test_a_slow_disk_is_written_less_often(tmp_path, monkeypatch):
+    """At most a tenth of the time goes into writing the file, however long it is."""
+    monkeypatch.setattr(label, "WRITE_EVERY", 0.001)
+    times = []
+
+    def slowly(path, content):
+        times.append(time.monotonic())
+        time.sleep(0.02)
+
+    with labelled(tmp_path) as (kept, _):
+        monkeypatch.setattr(label, "write_atomically", slowly)
+        for number in range(2):
+            record(kept, number)
+            wait_until(lambda number=number: len(times) == 2 * number + 2)
+        assert times[2] - times[1] > 0.3
+        monkeypatch.undo()
 
 
 def test_what_was_kept_is_there_without_a_close(opened):

@@ -4,7 +4,6 @@ scores; judgements.
 
 import contextlib
 import html
-import itertools
 import json
 import stat
 import string
@@ -612,17 +611,10 @@ def test_a_judgement_is_a_row_to_train_on(folder, tmp_path):
 
 
 def test_judgements_at_once_are_all_kept(judge, tmp_path, monkeypatch):
-    """Even if the first one is written when all others could have been."""
+    """Also while the file is written, without a pause."""
     out = tmp_path / "labels.jsonl"
-    write_atomically = label.write_atomically
-    pauses = itertools.chain([1.0], itertools.repeat(0))
-
-    def write_slowly(path, text):
-        time.sleep(next(pauses))
-        write_atomically(path, text)
-
+    monkeypatch.setattr(label, "WRITE_EVERY", 0.0)
     with running(reward=(str(judge),), labels=str(out)) as (address, _):
-        monkeypatch.setattr(label, "write_atomically", write_slowly)
         client = connect(address)
 
         def keep(number):
@@ -634,6 +626,85 @@ def test_judgements_at_once_are_all_kept(judge, tmp_path, monkeypatch):
     rows = formats.read("comparisons", [str(out)], seed=0).rows
     assert {row.responses for row in rows} == {(f"a{number}", "b") for number in range(10)}
     assert len(rows) == 10
+
+
+def deep(levels):
+    """Lists in each other as JSON."""
+    return "[" * levels + "]" * levels
+
+
+UNREAD = {
+    "a system's message alone": '[{"role": "system", "content": "hi"}]',
+    "a weight": '[{"role": "user", "content": "hi", "weight": "x"}]',
+    "201 levels": f'[{{"role": "user", "content": "hi", "x": {deep(201)}}}]',
+    "another role": '[{"role": "judge", "content": "hi"}]',
+    "calls that the model cannot write": (
+        '[{"role": "user", "content": "hi"}, '
+        '{"role": "assistant", "content": "a", "tool_calls": [1]}, '
+        '{"role": "user", "content": "hi"}]'
+    ),
+    "half a surrogate pair": r'[{"role": "user", "content": "hi", "\ud800": 1}]',
+    "a number of 5000 digits": f'[{{"role": "user", "content": "hi", "x": {"9" * 5000}}}]',
+    "no JSON number": '[{"role": "user", "content": "hi", "x": NaN}]',
+    "infinity": '[{"role": "user", "content": "hi", "x": 1e400}]',
+    "a content that is no text": '[{"role": "user", "content": 5}]',
+}
+
+
+@pytest.fixture(scope="module")
+def labelled(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("labels") / "labels.jsonl"
+    with running(folder, labels=str(out)) as (address, served):
+        yield connect(address), served.labels
+
+
+def judge_json(client, messages, answers=("a", "b")):
+    text = f'{{"messages": {messages}, "answers": {json.dumps(answers)}, "choice": "a"}}'
+    return client.post(
+        "/judgement", content=text.encode(), headers={"content-type": "application/json"}
+    )
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_a_judgement_that_no_training_reads_is_not_kept(labelled, name):
+    client, labels = labelled
+    before = labels.store.judgements()
+    assert judge_json(client, UNREAD[name]).status_code == 400
+    assert labels.store.judgements() == before
+
+
+def test_a_judgement_that_is_kept_can_be_read_again(folder, tmp_path):
+    """Further keys of messages, however deep or large, stop neither the store nor training."""
+    out = tmp_path / "labels.jsonl"
+    further = [deep(40), str(1 << 63), "1e300", json.dumps("\0\u2028"), '{"": null}']
+    for number in range(2):
+        with running(folder, labels=str(out)) as (address, served):
+            client = connect(address)
+            for value in further:
+                messages = f'[{{"role": "user", "content": "hi", "x": {value}}}]'
+                reply = judge_json(client, messages, answers=[f"a{number}", "b"])
+                assert reply.status_code == 200, reply.text
+            assert len(served.labels.store.judgements()) == (number + 1) * len(further)
+    for kind in ("pairs", "feedback", "prompts"):
+        assert formats.read(kind, [str(out)], seed=0).rows
+
+
+def test_on_a_full_disk_a_judgement_is_refused_or_kept_once(folder, tmp_path, monkeypatch):
+    out = tmp_path / "labels.jsonl"
+    with running(folder, labels=str(out)) as (address, served):
+        client, store = connect(address), served.labels.store
+        pages = store._value("PRAGMA page_count")
+        store._value(f"PRAGMA max_page_count = {pages}")
+        body = {"messages": HI, "answers": ["a" * 50_000, "b"], "choice": "a"}
+        reply = client.post("/judgement", json=body)
+        assert reply.status_code == 507
+        assert "is full" in reply.json()["error"]["message"]
+        assert store.judgements() == []
+        assert store.num_pairs() == 0
+        store._value("PRAGMA max_page_count = 1000000")
+        assert client.post("/judgement", json=body).status_code == 200
+    rows = formats.read("comparisons", [str(out)], seed=0).rows
+    assert [len(row.responses[0]) for row in rows] == [50_000]
 
 
 @pytest.mark.parametrize(

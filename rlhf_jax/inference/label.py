@@ -132,7 +132,7 @@ def write(store: Store, out: Path) -> None:
     judgements = store.judgements()
     session = _SessionFile(shown=num_shown, judgements=len(judgements))
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows(judgements)]
-    with file_errors(f"{out}, whose judgements {store.path.name} keeps,", "written"):
+    with file_errors(f"{out} (its judgements are in {store.path.name})", "written"):
         write_atomically(session_file(out), json.dumps(session) + "\n")
         write_atomically(out, "".join(lines))
 
