@@ -16,7 +16,7 @@ from rlhf_jax.evaluation import bench
 from rlhf_jax.generation.generator import Generator, default_slots
 from rlhf_jax.graders import spec
 from rlhf_jax.models import hf
-from rlhf_jax.runs import devices, manifest, reading
+from rlhf_jax.runs import devices, manifest
 from rlhf_jax.training.common import initial, reward_models
 from rlhf_jax.training.common.setup import enable_compilation_cache
 
@@ -165,20 +165,6 @@ def described(
         "columns": list(config.columns),
         "on_bad_row": config.on_bad_row,
     }
-
-
-def read_beside(out: Path, beside: Path, kind: Any) -> dict[str, Any]:
-    """The JSON file beside the output, which says how that was made.
-
-    Raises:
-        UserError: it is missing, broken, or is not of the kind, a type that msgspec knows.
-    """
-    if not beside.exists():
-        raise UserError(
-            f"{out}: exists already, and no {beside.name} says how it was made; choose another "
-            "--out"
-        )
-    return reading.read_json(beside, kind)
 
 
 def check_unchanged(out: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

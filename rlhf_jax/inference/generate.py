@@ -16,13 +16,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax.errors import file_errors, logger, read_file
+from rlhf_jax.errors import UserError, file_errors, logger, read_file
 from rlhf_jax.evaluation import bench
 from rlhf_jax.evaluation.settings import check_at_least
 from rlhf_jax.generation.generator import Asked, Generator
 from rlhf_jax.graders import spec
 from rlhf_jax.inference import asking
-from rlhf_jax.runs import manifest
+from rlhf_jax.runs import manifest, reading
 from rlhf_jax.runs.writing import one_writer, open_to_append, write_atomically
 
 _BATCHES = 4  # that are sorted by length and written together
@@ -127,7 +127,10 @@ def _take(out: Path, part_file: Path, settings: dict[str, Any]) -> int:
         with file_errors(beside, "written"):
             write_atomically(beside, json.dumps(settings, indent=1) + "\n")
         return 0
-    asking.check_unchanged(out, asking.read_beside(out, beside, dict[str, Any]), settings)
+    if not beside.exists():
+        missing = f"no {beside.name} says how it was made"
+        raise UserError(f"{out}: exists already, and {missing}; choose another --out")
+    asking.check_unchanged(out, reading.read_json(beside, dict[str, Any]), settings)
     with file_errors(out, "written"):
         if out.exists():  # complete, unless somebody has cut it
             out.replace(part_file)

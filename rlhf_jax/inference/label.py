@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypedDict
 
 import numpy as np
 
@@ -23,6 +22,7 @@ from rlhf_jax.inference.chat import Console
 from rlhf_jax.inference.labelling import pairs, summary
 from rlhf_jax.inference.labelling.settings import Config
 from rlhf_jax.inference.labelling.store import Store, Task, file_of, is_new, rows
+from rlhf_jax.runs import reading
 from rlhf_jax.runs.writing import one_writer, refuse_links, write_atomically
 
 WRITE_EVERY = 2.0
@@ -30,11 +30,6 @@ WRITE_EVERY = 2.0
 
 KEYS = {"a": "a", "b": "b", "t": "tie", "s": "skip", "u": "undo", "q": "quit"}
 QUESTION = "a, b, t(ie), s(kip), u(ndo), q(uit)?"
-
-
-class _SessionFile(TypedDict):
-    shown: int
-    judgements: int
 
 
 @contextlib.contextmanager
@@ -70,13 +65,11 @@ def opened(
 @contextlib.contextmanager
 def _followed(store: Store, out: Path) -> Iterator[None]:
     """OUT follows the store while the block is open."""
-    written = store.num_changes()
     write(store, out)
     ended = threading.Event()
 
     def follow() -> None:
-        nonlocal written
-        pause = WRITE_EVERY
+        written, pause = -1, WRITE_EVERY
         while not ended.wait(pause):
             since, now = time.monotonic(), store.num_changes()
             try:
@@ -105,7 +98,7 @@ def begin(store: Store, source: pairs.Source, config: Config) -> None:
     num_given = len(store.judgements())
     beside = session_file(out)
     if beside.exists():
-        written = asking.read_beside(out, beside, _SessionFile)
+        written = reading.read_json(beside, dict[str, int], ("shown", "judgements"))
         if (store.num_shown(), num_given) < (written["shown"], written["judgements"]):
             raise UserError(
                 f"{store.path}: lacks judgements that {beside.name} has. Put the whole store "
@@ -130,7 +123,7 @@ def write(store: Store, out: Path) -> None:
     """Writes OUT, the rows of what the store holds, and OUT.session.json, how much that is."""
     num_shown = store.num_shown()  # first: it grows when a judgement is taken back meanwhile
     judgements = store.judgements()
-    session = _SessionFile(shown=num_shown, judgements=len(judgements))
+    session = {"shown": num_shown, "judgements": len(judgements)}
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows(judgements)]
     with file_errors(f"{out} (its judgements are in {store.path.name})", "written"):
         write_atomically(session_file(out), json.dumps(session) + "\n")

@@ -317,13 +317,9 @@ class Store:
     def record(
         self, annotator: str, prompt: Any, answers: Sequence[str], choice: str, seconds: float
     ) -> None:
-        """Adds a pair that was shown elsewhere, in this order, and the judgement of it.
-
-        Raises:
-            UserError: as ``Store``; the answers are equal, or one is empty.
+        """Adds a pair that was shown elsewhere, in this order, and the judgement of it. Its answers
+        differ, and none is empty.
         """
-        if Pair(0, prompt, list(answers)).is_useless:
-            raise UserError("the answers are equal, or one is empty: a choice would teach nothing")
         with self._transaction() as db:
             [number] = db.execute("SELECT COUNT(*) FROM pairs").fetchone()
             pair = (number, json.dumps(prompt), json.dumps(answers), "random", False)
