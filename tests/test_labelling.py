@@ -472,9 +472,29 @@ def test_the_file_follows_the_store_and_a_full_disk(tmp_path, monkeypatch, caplo
             wait_until(lambda: "No space left" in caplog.text)
             assert len(json_lines(out)) == 1
         wait_until(lambda: len(json_lines(out)) == 2)
-        written = out.stat().st_mtime_ns
-        time.sleep(0.05)
-        assert out.stat().st_mtime_ns == written  # nothing has changed
+
+
+def test_a_file_is_written_once_for_what_has_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(label, "WRITE_EVERY", 0.001)
+    with labelled(tmp_path) as (kept, _), monkeypatch.context() as patch:
+        written = []
+        patch.setattr(label, "write_atomically", lambda path, _: written.append(path.name))
+        time.sleep(0.2)
+        written.clear()
+        record(kept, 0)
+        time.sleep(0.2)
+        assert written == ["prefs.jsonl.session.json", "prefs.jsonl"]
+
+
+def test_a_store_that_lost_its_last_judgement_is_refused(tmp_path):
+    """Also where no pair was shown after it."""
+    with labelled(tmp_path) as (kept, out):
+        record(kept, 0)
+    with contextlib.closing(sqlite3.connect(store.file_of(out))) as db, db:
+        db.create_function("checksum", -1, store._checksum)
+        db.execute("UPDATE judgements SET choice = NULL")
+    with pytest.raises(UserError, match="lacks judgements"), labelled(tmp_path):
+        pass
 
 
 def test_a_disk_that_stays_full_ends_with_an_error_and_nothing_is_lost(tmp_path, monkeypatch):

@@ -689,6 +689,18 @@ def test_a_judgement_that_is_kept_can_be_read_again(folder, tmp_path):
         assert formats.read(kind, [str(out)], seed=0).rows
 
 
+def test_what_the_template_of_the_model_writes_is_kept(tmp_path):
+    """Calls of tools, which the plain template would refuse."""
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    called = {"role": "assistant", "content": "", "tool_calls": [call]}
+    turns = [*HI, called, {"role": "tool", "content": "2"}]
+    folder = chat_model(tmp_path / "model")
+    with running(folder, labels=str(tmp_path / "labels.jsonl")) as (address, served):
+        reply = judge_json(connect(address), json.dumps(turns))
+        assert reply.status_code == 200, reply.text
+        assert [given.prompt for given in served.labels.store.judgements()] == [turns]
+
+
 def test_on_a_full_disk_a_judgement_is_refused_or_kept_once(folder, tmp_path, monkeypatch):
     out = tmp_path / "labels.jsonl"
     with running(folder, labels=str(out)) as (address, served):
