@@ -75,6 +75,13 @@ def check_number(name: str, value: Any, **bounds: float) -> None:
             raise ValueError(f"{name} must be {rule.replace('_', ' ')} {bound}, got {value}")
 
 
+def check_temperature(name: str, value: Any) -> None:
+    """`check_number` of a sampling temperature: lower ones lose log-probabilities in float32."""
+    check_number(name, value, at_least=0, below=float("inf"))
+    if value and value < 1e-6:
+        raise ValueError(f"{name} must be 0 (greedy) or at least 1e-06, got {value}")
+
+
 def check_numbers(settings: Any, *names: str, **bounds: float) -> None:
     """``check_number`` of each of these fields of the settings."""
     for name in names:

@@ -873,7 +873,9 @@ def test_yaml_holds_every_field_in_order():
             "at least 1",
         ),
         (RLStage, "kl_coef=-1 show_examples=-1", "at least 0"),
-        (RLStage, "temperature=0 kl_target=0", "above 0"),
+        (RLStage, "kl_target=0", "above 0"),
+        (RLStage, "temperature=0", "at least 1e-06"),
+        (RLStage, "validation_temperature=-1", "at least 0"),
         (RLStage, "validation_fraction=-1", "at least 0"),
         (RLStage, "validation_fraction=1", "below 1"),
         (RLStage, "top_p=0", "above 0"),
@@ -886,6 +888,17 @@ def test_bounds_of_the_sections(cls, values, rule):
     for name, value in (setting.split("=") for setting in values.split()):
         with pytest.raises(ValueError, match=f"^{name} must be {rule}, got {value}$"):
             cls(**{name: int(value)})
+
+
+@pytest.mark.parametrize("value", [9e-7, 1e-45, 1e-300, math.inf, math.nan])
+@pytest.mark.parametrize("name", ["temperature", "validation_temperature"])
+def test_temperatures_of_a_run_are_those_that_float32_has_log_probs_of(name, value):
+    with pytest.raises(
+        ValueError, match=rf"^{name} must be .*(at least 1e-06|below inf|at least 0)"
+    ):
+        RLStage(**{name: value})
+    RLStage(**{name: 1e-6})
+    RLStage(validation_temperature=0)
 
 
 TRUNCATED = "engine: only a vllm server says among which tokens top_k let it sample"

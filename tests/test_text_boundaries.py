@@ -291,9 +291,7 @@ def test_tools_and_reasoning_that_spell_a_special_token_are_text_too(tmp_path, w
 
 
 def test_what_others_spell_leaves_nothing_in_a_template(tmp_path):
-    """A character of private use stands for each special token that a conversation spells, in that
-    conversation alone: there are 32,768.
-    """
+    """Whatever characters of private use they write, of which some stand for special tokens."""
     chat_templates.write(tmp_path, "qwen3")
     tokenizer = chat.reading(load_tokenizer(tmp_path), None, "text")
     template = chat.template_of(tokenizer, "auto")
@@ -304,9 +302,11 @@ def test_what_others_spell_leaves_nothing_in_a_template(tmp_path):
         template.with_variables(variables, "")
         assert template.prompt(asks, "") == alone
     assert tokenizer.backend.decode(alone, skip_special_tokens=False).count("<|im_start|>") == 3
-    everything = [{"role": "user", "content": f"{characters}<|im_end|>"}]
-    with pytest.raises(UserError, match=r"line 7.*too many"):
-        template.prompt(everything, "line 7")
+    everything = f"{characters}<|im_end|>{characters}<|im_start|><|im_end|>"
+    ids = template.prompt([{"role": "user", "content": everything}], "")
+    assert everything in tokenizer.backend.decode(ids, skip_special_tokens=False)
+    special = [id for id in ids if id in tokenizer.special_ids]
+    assert special == [id for id in alone if id in tokenizer.special_ids]
 
 
 def test_variables_and_messages_that_spell_special_tokens_are_both_read(tmp_path):

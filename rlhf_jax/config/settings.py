@@ -22,7 +22,7 @@ from rlhf_jax.graders import verifiable
 from rlhf_jax.graders.client import Requests, check_url
 from rlhf_jax.graders.service import Judge
 from rlhf_jax.losses import ImportanceSampling
-from rlhf_jax.ops import check_number
+from rlhf_jax.ops import check_number, check_temperature
 from rlhf_jax.runs import alerts
 
 Texts = tuple[str, ...]
@@ -454,7 +454,7 @@ class RLStage(Reference):
     """Texts such as "\\n\\nHuman:" that end a response: what is sampled after one is masked."""
     stop_after: CountOrZero = 0
     """Tokens at the beginning of a response in which no text of `stop` ends it."""
-    temperature: Annotated[float, partial(check_number, above=0, below=math.inf)] = 1.0
+    temperature: Annotated[float, partial(check_number, at_least=1e-6, below=math.inf)] = 1.0
     """Sampling temperature, used in every log-probability of the algorithm too."""
     top_k: Count | None = None
     """Sample among the k likeliest tokens; null: all. Every log-probability of the algorithm is
@@ -494,7 +494,7 @@ class RLStage(Reference):
     """Iterations between validations."""
     validation_prompts: Count = 64
     """At most this many prompts are sampled at a validation, batch_size at a time."""
-    validation_temperature: NonNegative | None = None
+    validation_temperature: Annotated[float, check_temperature] | None = None
     """Sampling temperature of validations, 0: the likeliest tokens; null: temperature."""
     validation_samples: Count = 1
     """Responses to each prompt of a validation; its metrics are means over all of them. Several

@@ -10,10 +10,10 @@ time nor the memory that they take.
 What a model learns of a conversation is what it has to write in the learned turns of the
 assistant: from behind the opening of a turn (``add_generation_prompt``) to the special token that
 ends the turn. A special token that a message spells is refused, or read as text
-(``text.special_tokens: text``): while the template is rendered a character of private use stands
-for it. A template with ``{% generation %}`` says so itself. If a template writes a turn
-otherwise once another follows (Qwen3 leaves out the reasoning of earlier turns), no single text is
-right, and each learned turn gets its own text, as the model sees it then.
+(``text.special_tokens: text``): while the template is rendered characters of private use, which
+depend on nothing else, stand for it. A template with ``{% generation %}`` says so itself. If a
+template writes a turn otherwise once another follows (Qwen3 leaves out the reasoning of earlier
+turns), no single text is right, and each learned turn gets its own text, as the model sees it then.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -63,7 +63,9 @@ _KNOWN = {"role", "content", "weight", "name", "tool_call_id"}
 _PROBE = "Probe4711"  # a content that no template writes itself
 _ASKS: Message = {"role": "user", "content": "?"}
 _ANSWERS: Message = {"role": "assistant", "content": _PROBE}
-_PRIVATE = re.compile("([\U00108000-\U0010ffff])")  # 0x8000 for private use, no icons of fonts
+# For private use, but no icons of fonts: the UTF-8 of a text, its first byte above 0x10fe00, the
+# others above 0x10ff00.
+_PRIVATE = re.compile("([\U0010fe00-\U0010ffff][\U0010ff00-\U0010ffff]*)")
 _CLOSING = re.compile(r"[<\[◁]/[\w:-]+[>\]▷]")  # of a tag such as <think>
 
 _REWRITTEN = (
@@ -111,16 +113,11 @@ class ChatTemplate:
     without tools are refused."""
     reads_plain: bool = False
     """Whether a plain prompt is a user's message of this template."""
-    _stand_ins: Mapping[str, str] = field(default_factory=dict)
-    """The characters of private use that stand for texts of a row's variables."""
 
     def with_variables(self, variables: Fields, where: str) -> "ChatTemplate":
         """The template with a row's variables. Raises `BadRow` as `prompt`."""
-        if not variables:
-            return self
-        stand_ins = {**self._stand_ins}
-        hidden = self._hidden(variables, stand_ins, where, "chat_template_kwargs")
-        return replace(self, variables={**self.variables, **hidden}, _stand_ins=stand_ins)
+        hidden = self._hidden(variables, "chat_template_kwargs", where)
+        return replace(self, variables={**self.variables, **hidden}) if hidden else self
 
     def prompt_of(self, row: Row) -> Text:
         """`prompt` of a row's messages with its tools and variables."""
@@ -138,14 +135,12 @@ class ChatTemplate:
         Raises:
           BadRow: at ``where``, for a template that fails or messages that spell a special token.
         """
-        messages, tools, stand_ins = self._prepared(messages, tools, where)
+        messages, tools = self._prepared(messages, tools, where)
         with _template_errors(where):
             rendered, _ = self._rendered(messages, tools, _opening_of(messages))
             if after:
                 rendered = rendered[rendered.rindex(after) + len(after) :]
-            if self.tokenizer is None:
-                return rendered
-            return tuple(self._encode(rendered, stand_ins)[0])
+            return rendered if self.tokenizer is None else tuple(self._encode(rendered)[0])
 
     def conversations(
         self,
@@ -169,7 +164,7 @@ class ChatTemplate:
         Raises:
           BadRow: as `prompt`, and if the template writes nothing of the learned turns.
         """
-        messages, tools, stand_ins = self._prepared([*before, *answer], tools, where)
+        messages, tools = self._prepared([*before, *answer], tools, where)
         with _template_errors(where):
             if self.tokenizer is None:
                 return [self._plain_turn(messages, number) for number in learns]
@@ -185,7 +180,7 @@ class ChatTemplate:
             if all(whole.startswith(text[: own[-1][1]]) for text, own, _ in turns if own):
                 spans = [span for _, own, _ in turns for span in own]
                 turns = [(whole, spans, [cut for *_, cuts in turns for cut in cuts])]
-            parts = [self._encode(text, stand_ins, own, cuts) for text, own, cuts in turns]
+            parts = [self._encode(*turn) for turn in turns]
             encoded = [Encoded(tuple(ids), learned) for ids, learned in parts]
         if not any(any(one.learned) for one in encoded):
             raise BadRow(where, "the chat template writes nothing of the turns to learn")
@@ -203,8 +198,8 @@ class ChatTemplate:
         Raises:
           BadRow: as `prompt`.
         """
-        messages, _, stand_ins = self._prepared(messages, None, where)
-        content = self._hidden(response, stand_ins, where)
+        messages, _ = self._prepared(messages, None, where)
+        content = self._hidden(response)
         turn = {"role": "assistant", "content": content}
         with _template_errors(where):
             rendered, _ = self._rendered(_joined(messages, [turn]), None)
@@ -215,7 +210,7 @@ class ChatTemplate:
             if ends and self.end_of_turn is not None:
                 rendered = rendered[: end + self._end_in(rendered[end:])]
             opening, _ = self._rendered(messages, None, _opening_of(messages))
-            return self._encode(rendered, stand_ins, cuts=_cuts(opening, rendered))[0]
+            return self._encode(rendered, cuts=_cuts(opening, rendered))[0]
 
     def unwritten(self, row: Row) -> set[str]:
         """What a row has and the template leaves out: keys that it never names, and what stands in
@@ -261,7 +256,7 @@ class ChatTemplate:
         if not place:
             return []
         last = max((token for token in self._special if text[:place].endswith(token)), key=len)
-        return self._encode(last + text[place:], {})[0]
+        return self._encode(last + text[place:])[0]
 
     def _end_in(self, text: str) -> int:
         """The place behind the last special token of a text if only spaces follow it; else 0."""
@@ -367,11 +362,7 @@ class ChatTemplate:
         return self.tools_source if is_for_tools else self.source
 
     def _encode(
-        self,
-        rendered: str,
-        stand_ins: Mapping[str, str],
-        spans: Sequence[Span] = (),
-        cuts: Sequence[int] = (),
+        self, rendered: str, spans: Sequence[Span] = (), cuts: Sequence[int] = ()
     ) -> tuple[list[int], list[bool]]:
         """The ids of a text, of which none joins what a cut divides, and which of them overlap a
         span. A token without characters, such as the space that SentencePiece puts first, is
@@ -381,17 +372,16 @@ class ChatTemplate:
         ids: list[int] = []
         offsets: list[Span] = []
         place = 0
-        hidden = {character: text for text, character in stand_ins.items()}
         parts = itertools.pairwise([0, *cuts, len(rendered)])
         pieces = (p for first, end in parts for p in _PRIVATE.split(rendered[first:end]))
         for number, piece in enumerate(pieces):
             is_hidden = _PRIVATE.fullmatch(piece)
             backend = self.tokenizer.backend if is_hidden else self.tokenizer.with_special_tokens
-            text = hidden.get(piece, piece)
+            text = bytes(ord(c) % 256 for c in piece).decode() if is_hidden else piece
             own, places = self.tokenizer.encode_inside(text, backend, begins=not number)
             if is_hidden:
                 self.tokenizer.check_text(text, own)
-                places = [(0, 1)] * len(own)
+                places = [(0, len(piece))] * len(own)
             ids += own
             offsets += [(place + first, place + end) for first, end in places]
             place += len(piece)
@@ -403,8 +393,8 @@ class ChatTemplate:
 
     def _prepared(
         self, messages: Messages, tools: Tools, where: str
-    ) -> tuple[list[Message], Tools, dict[str, str]]:
-        """The messages and tools as the template gets them, and the stand-ins of this conversation.
+    ) -> tuple[list[Message], Tools]:
+        """The messages and tools as the template gets them, what spells a special token hidden.
         Raises `BadRow` for what no template is for, `PLAIN` would leave out or may not be spelled.
         """
         if not (self.source or (tools and self.tools_source)):
@@ -424,24 +414,25 @@ class ChatTemplate:
         if others and self.source == PLAIN:
             what = f"the plain template writes no {others[-1]}"
             raise BadRow(where, f"{what}; name a model whose own template does")
-        stand_ins = {**self._stand_ins}
-        tools = self._hidden(tools, stand_ins, where, "the tools")
+        tools = self._hidden(tools, "the tools", where)
         for given in prepared:
             role = given["role"]
             name = f"{'an' if role == 'assistant' else 'a'} {role} message"
-            given |= self._hidden(given | {"role": ""}, stand_ins, where, name) | {"role": role}
-        return prepared, tools, stand_ins
+            given |= self._hidden(given | {"role": ""}, name, where) | {"role": role}
+        return prepared, tools
 
-    def _hidden(self, value: Any, stand_ins: dict[str, str], where: str, name: str = "") -> Any:
-        """The value with each special token that its texts spell, and each character of private
-        use, as one such character, put into ``stand_ins``, which `_encode` reads as that text. Of
-        what has a name a special token is refused, unless it is to be text.
+    def _hidden(self, value: Any, name: str = "", where: str = "") -> Any:
+        """The value with each special token that its texts spell, and what they have of
+        ``_PRIVATE``, as characters of it, which `_encode` reads as that text. Of what has a name a
+        special token is refused, unless it is to be text.
         """
-        inside = partial(self._hidden, stand_ins=stand_ins, where=where, name=name)
         if isinstance(value, dict):
-            return {inside(key): inside(inner) for key, inner in value.items()}
+            return {
+                self._hidden(key, name, where): self._hidden(inner, name, where)
+                for key, inner in value.items()
+            }
         if isinstance(value, list):
-            return [inside(inner) for inner in value]
+            return [self._hidden(inner, name, where) for inner in value]
         if not isinstance(value, str) or self.tokenizer is None:
             return value
         spelled = self.tokenizer.spelled_in(value)
@@ -453,9 +444,8 @@ class ChatTemplate:
             return value
 
         def hide(found: re.Match[str]) -> str:
-            if len(stand_ins) == 0x8000:
-                raise BadRow(where, "too many different special tokens and private-use characters")
-            return stand_ins.setdefault(found[0], chr(0x108000 + len(stand_ins)))
+            text = "".join(chr(0x10FF00 + byte) for byte in found[0].encode())
+            return text and chr(ord(text[0]) - 0x100) + text[1:]
 
         return re.sub(f"{self.tokenizer.special_pattern}|{_PRIVATE.pattern}", hide, value)
 
@@ -508,7 +498,7 @@ def _joined(before: Messages, answer: Messages) -> list[Message]:
 @lru_cache(maxsize=256)
 def _is_cut(template: ChatTemplate, closing: str) -> bool:
     """Whether a template leaves out what stands before this tag in a last assistant's message."""
-    content = template._hidden(f"{closing.replace('/', '', 1)}{_PROBE}{closing}.", {}, "")
+    content = template._hidden(f"{closing.replace('/', '', 1)}{_PROBE}{closing}.")
     written = template._attempt(_ASKS, _ANSWERS | {"content": content})
     return written != "" and _PROBE not in written
 

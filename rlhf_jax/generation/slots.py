@@ -31,7 +31,7 @@ _SHORTEST = 256  # columns of a slot
 class How(NamedTuple):
     """How samples are drawn, as ``SamplingConfig`` says: numbers, or an array [B] of each."""
 
-    temperature: Any
+    temperature: Any  # like the others 0 or at least 1e-30
     top_k: Any  # 0: all
     top_p: Any
     min_p: Any
@@ -47,12 +47,6 @@ class How(NamedTuple):
             config.min_p or 0.0,
             config.repetition_penalty,
         )
-
-    def in_float32(self) -> "How":
-        """The numbers as XLA reads them, which takes those below the smallest normal one for 0: a
-        number above 0 stays above it.
-        """
-        return How(*(np.float32(x and max(x, np.finfo(np.float32).tiny)) for x in self))
 
 
 class Token(NamedTuple):
@@ -157,7 +151,7 @@ class Batch:
                 keys=jax.random.key_data(sample.key)[None],
                 used=np.array([sample.first_slot], np.int32),
             )
-            one = _Slots(own, state, np.int32(width), sample.how.in_float32())
+            one = _Slots(own, state, np.int32(width), How(*map(np.float32, sample.how)))
             if length not in self._groups:
                 slots = jax.tree.map(lambda x: jnp.asarray(x)[None], one)
                 self._groups[length] = _Group(slots, [None])
@@ -272,8 +266,7 @@ def _draw(logits: Array, keys: Array, tokens: Array, seen: Array, how: How) -> t
     logits = logits.astype(jnp.float32)
 
     def penalised(logits: Array) -> Array:
-        noisy = decoding.penalised(logits, tokens, counts=seen, penalty=penalty)
-        return jnp.minimum(noisy, jnp.finfo(jnp.float32).max)
+        return decoding.penalised(logits, tokens, counts=seen, penalty=penalty)
 
     def truncated(logits: Array) -> Array:
         ranked = jnp.sort(logits, axis=-1, descending=True)
@@ -286,17 +279,17 @@ def _draw(logits: Array, keys: Array, tokens: Array, seen: Array, how: How) -> t
 
     noisy = jax.lax.cond(jnp.any(penalty != 1), penalised, lambda logits: logits, logits)
     scale = jnp.where(temperature > 0, temperature, 1.0)
-    logits = at_temperature(logits, scale)
     noisy = at_temperature(noisy, scale)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
     limits = (temperature > 0) & ((top_k > 0) | (top_p < 1) | (min_p > 0))
     possible = jax.lax.cond(jnp.any(limits), truncated, lambda logits: logits, noisy)
     noisy = jnp.where(temperature > 0, possible + noise, noisy)
-    return jnp.argmax(noisy, axis=-1).astype(jnp.int32), jax.nn.log_softmax(logits, axis=-1)
+    log_probs = jax.nn.log_softmax(at_temperature(logits, scale), axis=-1)
+    return jnp.argmax(noisy, axis=-1).astype(jnp.int32), log_probs
 
 
 def at_temperature(logits: Array, temperature: Array) -> Array:
-    """Logits [..., V] divided by a temperature above 0, the largest one moved to 0 before: there is
-    no temperature then at which its log-probability is lost in rounding.
+    """Logits [..., V] divided by a temperature above 0, the largest one moved to 0 before: at a low
+    temperature it would be infinite, or its rounding larger than a log-prob.
     """
     return (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature

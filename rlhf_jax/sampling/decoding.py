@@ -79,8 +79,8 @@ class SamplingConfig:
                     "numbers, one config for each; models.policy_fn takes a traced temperature"
                 )
         ops.check_numbers(self, "max_new_tokens", "top_k", at_least=1)
-        ops.check_numbers(self, "temperature", at_least=0, below=math.inf)
-        ops.check_numbers(self, "repetition_penalty", above=0, below=math.inf)
+        ops.check_temperature("temperature", self.temperature)
+        ops.check_numbers(self, "repetition_penalty", at_least=1e-6, below=math.inf)
         ops.check_numbers(self, "top_p", above=0, at_most=1)
         ops.check_numbers(self, "min_p", at_least=0, at_most=1)
         ops.check_numbers(self, "pad_id", "min_new_tokens", at_least=0)
@@ -633,9 +633,8 @@ def nucleus(logits: Array, top_p: float | Array) -> Array:
     """
     ranked = jnp.sort(logits, axis=-1, descending=True)
     probs = jax.nn.softmax(ranked, axis=-1)
-    # XLA takes a top_p below the smallest normal number for 0.
     count = jnp.sum(jnp.cumsum(probs, axis=-1) - probs < top_p, axis=-1, keepdims=True)
-    count = jnp.maximum(count, 1)
+    count = jnp.maximum(count, 1)  # XLA takes a top_p below 1e-38 for 0
     last = jnp.take_along_axis(ranked, count - 1, axis=-1)
     # Of the tokens that tie with the last one as many stay as there is room for, the lowest ids
     # first.

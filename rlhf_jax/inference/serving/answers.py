@@ -288,8 +288,8 @@ def _how(generator: Generator, asked: Chat | Completion) -> How:
     """What the request says of sampling, or else as the run sampled."""
     own = How.of(generator.config)._asdict()
     given = {name: getattr(asked, name) for name in own if getattr(asked, name) is not None}
-    how = How(**own | given)
-    return how._replace(top_k=max(how.top_k, 0))
+    # XLA takes numbers below 1e-38 for 0; a logit divided by 1e-30 is finite.
+    return How(*(max(number, 1e-30) if number > 0 else 0 for number in (own | given).values()))
 
 
 def _response_length(generator: Generator, num_prompt: int, most: int | None) -> int:
@@ -333,8 +333,7 @@ def _read(generator: Generator, ids: list[int], how: How) -> list[Token]:
     positions = generator.room + generator.config.max_new_tokens
     width = min(max(16, 1 << (len(ids) - 1).bit_length()), positions)
     tokens, mask = encoding.left_padded([ids], width=width, pad_id=generator.config.pad_id)
-    temperature = how.in_float32().temperature or 1.0
-    found = _reader(generator.model)(generator.params, tokens, mask, temperature)
+    found = _reader(generator.model)(generator.params, tokens, mask, how.temperature or 1.0)
     own, best, which = (x[0, -len(ids) :].tolist() for x in jax.device_get(found))
     likeliest = [list(zip(*ranked, strict=True)) for ranked in zip(which, best, strict=True)]
     return [Token(ids[0], float("nan"), []), *map(Token, ids[1:], own[1:], likeliest[1:])]
