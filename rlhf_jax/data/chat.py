@@ -63,8 +63,7 @@ _KNOWN = {"role", "content", "weight", "name", "tool_call_id"}
 _PROBE = "Probe4711"  # a content that no template writes itself
 _ASKS: Message = {"role": "user", "content": "?"}
 _ANSWERS: Message = {"role": "assistant", "content": _PROBE}
-# For private use, but no icons of fonts: the UTF-8 of a text, its first byte above 0x10fe00, the
-# others above 0x10ff00.
+# UTF-8 in characters for private use, no icons of fonts: first byte + 0x10fe00, others + 0x10ff00.
 _PRIVATE = re.compile("([\U0010fe00-\U0010ffff][\U0010ff00-\U0010ffff]*)")
 _CLOSING = re.compile(r"[<\[◁]/[\w:-]+[>\]▷]")  # of a tag such as <think>
 

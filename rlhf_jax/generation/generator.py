@@ -355,9 +355,8 @@ class Generator:
         compute: as in ``models.load``, such as ``compute_dtype="bfloat16"``.
 
     Raises:
-        UserError: a folder cannot be read, the policy is a reward model, the reward model has no
-            score head, or ``max_new_tokens`` leaves no room for a prompt.
-        ValueError: a setting is out of range.
+        UserError: a folder cannot be read, a setting is out of range, the policy is a reward model,
+            the reward model has no score head, or ``max_new_tokens`` leaves no room for a prompt.
     """
 
     def __init__(
@@ -381,7 +380,6 @@ class Generator:
         max_length: int | None = None,
         **compute: Any,
     ):
-        ops.check_number("batch_size", batch_size, at_least=1)
         self.batch_size = batch_size
         if isinstance(stop, str) or not all(stop):
             raise UserError(f"stop: expected a list of texts that are not empty, got {stop!r}")
@@ -396,16 +394,20 @@ class Generator:
         self.model, _, self.tokenizer = self._policy
         self.template = template or chat.AUTO
         logger.info(chat.describe(self.template, self.tokenizer, str(folder)))
-        self.config = SamplingConfig(
-            max_new_tokens,
-            temperature,
-            top_k,
-            top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            eos_id=self.tokenizer.eos_ids,
-            pad_id=self.tokenizer.pad_id,
-        )
+        try:
+            ops.check_number("batch_size", batch_size, at_least=1)
+            self.config = SamplingConfig(
+                max_new_tokens,
+                temperature,
+                top_k,
+                top_p,
+                min_p=min_p,
+                repetition_penalty=repetition_penalty,
+                eos_id=self.tokenizer.eos_ids,
+                pad_id=self.tokenizer.pad_id,
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from error
         fn = function_of(environment, "environment")
         self._environment = load_environment(fn, self.tokenizer, max_new_tokens, max_turns)
         self._judge: LanguageModel | None = None
