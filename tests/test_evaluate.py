@@ -814,6 +814,7 @@ def test_public_files_are_evaluated(gpt2, name, flag, file, expected, dropped, t
     [
         ({"prompts": (), "preferences": ()}, "nothing to evaluate by"),
         ({"num_samples": 0}, "--num-samples .* got 0"),
+        ({"temperature": 1e-7}, "--temperature must be at least 1e-06, got 1e-07"),
         ({"template": "x"}, "--template .*{prompt}, got 'x'"),
         ({"against": "x", "reward_model": None}, "--against: a win rate needs --reward-model"),
         ({"reward_model": "run"}, "run/model: this model has no score head"),

@@ -80,7 +80,8 @@ class Config:
     """Folder for evaluation.json; null: the run's."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, num_samples=1, batch_size=1, max_new_tokens=1, temperature=0)
+        least = 1e-6 if self.temperature else 0  # as SamplingConfig has it
+        check_at_least(self, num_samples=1, batch_size=1, max_new_tokens=1, temperature=least)
         if self.template not in (None, chat.AUTO) and "{prompt}" not in str(self.template):
             raise UserError(f"--template must be auto or contain {{prompt}}, got {self.template!r}")
         if self.against is not None and not self.prompts:
