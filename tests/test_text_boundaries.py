@@ -230,8 +230,11 @@ def test_what_messages_spell_is_read_as_text_if_the_settings_say_so(name, tmp_pa
     tokenizer, theirs = texts_of_messages(tmp_path, name)
     template = chat.template_of(tokenizer, "auto")
     special = tokenizer.special_tokens
-    contents = [f"a{token}b {token}{token}" for token in special] + [special[-1], "\U00108000 é"]
-    contents.append(f"\U00108001{special[0]}\U0010ffff")
+    contents = [f"a{token}b {token}{token}" for token in special] + [
+        special[-1],
+        "\U0010fe41\U0010ff42 é",
+    ]
+    contents.append(f"\U0010fe41{special[0]}\U0010ffff")
     for content in contents:
         turns = [{"role": "user", "content": content}, said(f"x {content} y")]
         how = {"sanitize_control_tokens": True, "return_dict": False}
@@ -240,7 +243,7 @@ def test_what_messages_spell_is_read_as_text_if_the_settings_say_so(name, tmp_pa
         whole = theirs.apply_chat_template(turns, **how)
         [row] = formats.read("demonstrations", write([{"messages": turns}]), template=template).rows
         ids = [*row.prompt, *row.responses[0]]
-        if content[0] < "\U00108000":  # which transformers drops
+        if content[0] < "\U0010fe00":  # which transformers drops
             assert prompt == expected
             assert ids == whole
             assert template.answered(turns[:1], turns[1]["content"], "") == whole
@@ -269,6 +272,36 @@ def test_icons_are_encoded_with_their_neighbours(text, tmp_path):
     template = chat.template_of(ours, "auto")
     expected = theirs.apply_chat_template(turns, return_dict=False)
     assert list(template.prompt(turns, "")) == expected
+
+
+def test_spelled_special_tokens_join_no_neighbour(tmp_path):
+    """Each is encoded by itself, though the vocabulary has their join, as by transformers."""
+    text = "a<|endoftext|><|endoftext|>b"
+    backend = train_bpe([text] * 4, 400).backend
+    source = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    tokenizer, theirs = save(tmp_path, backend, eos_token="<|endoftext|>", chat_template=source)
+    turns = [{"role": "user", "content": text}]
+    expected = theirs.apply_chat_template(turns, sanitize_control_tokens=True, return_dict=False)
+    template = chat.template_of(chat.reading(tokenizer, None, "text"), "auto")
+    assert list(template.prompt(turns, "")) == expected
+    assert tokenizer.encode(text) != expected[:-1]
+
+
+@pytest.mark.parametrize("mark", ["", "?"])
+def test_a_template_may_cut_what_spells_a_special_token(mark, tmp_path):
+    backend = train_bpe(WORDS, 270).backend
+    source = (
+        f"{{% for m in messages %}}{{{{ m.content[:6] }}}}{mark}"
+        "{% generation %}{{ m.content[6:] }}"
+        "{% endgeneration %}{{ eos_token }}{% endfor %}"
+    )
+    tokenizer, _ = save(tmp_path, backend, eos_token="<|endoftext|>", chat_template=source)
+    template = chat.template_of(chat.reading(tokenizer, None, "text"), "auto")
+    [whole] = template.conversations((), [said("a<|endoftext|>b")], [0], "")
+    assert tokenizer.decode_raw(whole.text) == f"a<|end{mark}oftext|>b<|endoftext|>"
+    assert whole.text.count(tokenizer.eos_id) == 1
+    learned = [id for id, is_learned in zip(whole.text, whole.learned, strict=True) if is_learned]
+    assert tokenizer.decode_raw(learned) == ("oftext|>b" if mark else "<|endoftext|>b")
 
 
 def test_tools_and_reasoning_that_spell_a_special_token_are_text_too(tmp_path, write):
@@ -462,8 +495,20 @@ def test_an_option_that_the_template_does_not_read_is_refused(tmp_path):
     assert read.removeprefix(line + "\n") == tokenizer.config["chat_template"]
 
 
-def test_flags_of_json_are_objects(capsys):
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "[1]",
+        "{",
+        '{"a": ' + "[" * 40 + "]" * 40 + "}",
+        '{"a": ' + "[" * 100_000,
+        '{"a": 99999999999999999999}',
+        r'{"a": "\ud800"}',
+    ],
+)
+def test_flags_of_json_are_objects_that_our_files_hold(flag, capsys):
+    """A file of answers and a run have them beside them, and read them when they go on."""
     with pytest.raises(SystemExit, match="2"):
-        config.parse(RunConfig, ["--text.template-options", "[1]"], sections=("text",))
+        config.parse(RunConfig, ["--text.template-options", flag], sections=("text",))
     assert "expected a JSON object" in capsys.readouterr().err
     np.testing.assert_equal(RunConfig().text.template_options, None)

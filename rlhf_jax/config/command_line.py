@@ -10,6 +10,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from rlhf_jax.config.settings import Json, Switch
 from rlhf_jax.errors import UserError
+from rlhf_jax.runs import reading
 
 _SWITCHES: dict[str, Switch] = {"auto": "auto", "true": True, "false": False}
 
@@ -88,11 +89,8 @@ def _switch(words: list[str]) -> Switch:
 
 
 def _json_object(word: str) -> Json | None:
-    """The object that a flag gives as JSON; None for null."""
-    try:
-        value = None if word == "None" else json.loads(word)
-    except ValueError as error:
-        raise ValueError(f"expected a JSON object, got {word}: {error}") from None
-    if not isinstance(value, dict | None):
-        raise ValueError(f"expected a JSON object, got {word}")
+    """The object that a flag gives as JSON, such as our files hold; None for null."""
+    if word in ("None", "null"):
+        return None
+    value: Json = reading.parse_json(word, Json, f"expected a JSON object, got {word:.200}")
     return value

@@ -444,7 +444,7 @@ class ChatTemplate:
 
         def hide(found: re.Match[str]) -> str:
             text = "".join(chr(0x10FF00 + byte) for byte in found[0].encode())
-            return text and chr(ord(text[0]) - 0x100) + text[1:]
+            return chr(ord(text[0]) - 0x100) + text[1:]
 
         return re.sub(f"{self.tokenizer.special_pattern}|{_PRIVATE.pattern}", hide, value)
 

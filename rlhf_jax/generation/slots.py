@@ -279,13 +279,13 @@ def _draw(logits: Array, keys: Array, tokens: Array, seen: Array, how: How) -> t
 
     noisy = jax.lax.cond(jnp.any(penalty != 1), penalised, lambda logits: logits, logits)
     scale = jnp.where(temperature > 0, temperature, 1.0)
+    logits = at_temperature(logits, scale)
     noisy = at_temperature(noisy, scale)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
     limits = (temperature > 0) & ((top_k > 0) | (top_p < 1) | (min_p > 0))
     possible = jax.lax.cond(jnp.any(limits), truncated, lambda logits: logits, noisy)
     noisy = jnp.where(temperature > 0, possible + noise, noisy)
-    log_probs = jax.nn.log_softmax(at_temperature(logits, scale), axis=-1)
-    return jnp.argmax(noisy, axis=-1).astype(jnp.int32), log_probs
+    return jnp.argmax(noisy, axis=-1).astype(jnp.int32), jax.nn.log_softmax(logits, axis=-1)
 
 
 def at_temperature(logits: Array, temperature: Array) -> Array:

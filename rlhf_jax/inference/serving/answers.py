@@ -215,9 +215,8 @@ class Answers:
 
             def told(id: int, log_prob: float) -> dict[str, Any]:
                 text = name(id)
-                number = max(_LEAST, log_prob)
                 whole = None if _NO_CHARACTER in text else list(text.encode())
-                return {"token": text, "logprob": number, "bytes": whole}
+                return {"token": text, "logprob": max(_LEAST, log_prob), "bytes": whole}
 
             content = [
                 told(token.id, token.log_prob)
