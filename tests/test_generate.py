@@ -2,6 +2,7 @@
 prompts alone.
 """
 
+import functools
 import json
 import re
 
@@ -94,9 +95,9 @@ def test_its_settings_are_the_runs_unless_flags_say_otherwise(runs, write):
 
 # Values that no run has, in a config.yaml that may be somebody else's, and the key that is named.
 STRANGE = [
-    ("rl: {temperature: -1}", "rl: temperature must be above 0, got -1"),
+    ("rl: {temperature: -1}", "rl: temperature must be at least 1e-06, got -1"),
     ("rl: {temperature: .inf}", "rl: temperature must be below inf"),
-    ("rl: {temperature: .nan}", "rl: temperature must be above 0, got nan"),
+    ("rl: {temperature: .nan}", "rl: temperature must be at least 1e-06, got nan"),
     ("rl: {temperature: x}", "rl: temperature: Expected `float`, got `str`"),
     ("rl: {temperature: null}", "rl: temperature: Expected `float`, got `null`"),
     ("rl: {temperature: [1, [2]]}", "rl: temperature: Expected `float`, got `array`"),
@@ -220,6 +221,17 @@ def test_a_file_that_was_made_otherwise_is_refused(runs, write, tmp_path):
         generate.Config(prompts=("a",), out="b", batch_size=0)
     with pytest.raises(UserError, match="--columns prompt=nothing: no row has 'nothing'"):
         write("--columns", "prompt=nothing", name="none.jsonl")
+
+
+def test_settings_that_could_not_be_read_again_are_refused(tmp_path):
+    """Before anything is sampled: the file could not be completed. They are one level deeper than
+    the options of a flag.
+    """
+    out = tmp_path / "out.jsonl"
+    deep = functools.reduce(lambda inner, _: [inner], range(31), "x")
+    with pytest.raises(UserError, match=r"out.jsonl.settings.json: is nested too deeply"):
+        generate._take(out, tmp_path / "out.jsonl.part", {"template_options": {"a": deep}})
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_reward_in_python_sees_the_columns_and_may_leave_a_row_out(write, tmp_path):

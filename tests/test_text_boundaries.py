@@ -507,7 +507,7 @@ def test_an_option_that_the_template_does_not_read_is_refused(tmp_path):
     ],
 )
 def test_flags_of_json_are_objects_that_our_files_hold(flag, capsys):
-    """A file of answers and a run have them beside them, and read them when they go on."""
+    """What goes on later, such as a run, reads them again."""
     with pytest.raises(SystemExit, match="2"):
         config.parse(RunConfig, ["--text.template-options", flag], sections=("text",))
     assert "expected a JSON object" in capsys.readouterr().err

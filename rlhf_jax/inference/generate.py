@@ -124,8 +124,10 @@ def _take(out: Path, part_file: Path, settings: dict[str, Any]) -> int:
     """The number of complete lines, now all in ``part_file``; an incomplete last one is removed."""
     beside = out.with_name(f"{out.name}.settings.json")
     if not (out.exists() or part_file.exists()):
+        written = json.dumps(settings, indent=1) + "\n"
+        reading.parse_json(written, dict[str, Any], str(beside))  # as the same command reads it
         with file_errors(beside, "written"):
-            write_atomically(beside, json.dumps(settings, indent=1) + "\n")
+            write_atomically(beside, written)
         return 0
     if not beside.exists():
         missing = f"no {beside.name} says how it was made"
