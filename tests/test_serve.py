@@ -278,6 +278,19 @@ def test_log_probs_of_low_temperatures_are_json(server, temperature, is_streamed
         assert best == [0] * (len(log_probs) - 1)
 
 
+def test_log_probs_of_greedy_answers_are_those_of_temperature_1(server):
+    client, _ = server
+    body = {"ignore_eos": True, "logprobs": 1, "return_token_ids": True}
+    greedy = ask(client, **body, prompt="say", max_tokens=3, temperature=0)["choices"][0]
+    ids = greedy["prompt_token_ids"] + greedy["token_ids"]
+    for temperature in (0, 1):
+        how = {"max_tokens": 0, "temperature": temperature, "echo": True}
+        [read] = ask(client, **body, **how, prompt=[ids])["choices"]
+        found = read["logprobs"]["token_logprobs"][-3:]
+        np.testing.assert_allclose(found, greedy["logprobs"]["token_logprobs"], atol=1e-4)
+        assert max(found) < -1e-3
+
+
 def test_no_event_has_numbers_that_are_no_json(server, monkeypatch):
     client, _ = server
     monkeypatch.setattr(Answers, "choice", lambda *_, **__: {"score": float("nan")})
