@@ -37,7 +37,7 @@ class SamplingConfig:
 
     Args:
         max_new_tokens: response slots R.
-        temperature: divides the logits; 0 takes the most likely token (the lowest id among equals).
+        temperature: divides the logits, at least 1e-6; 0 takes the likeliest (of equals the first).
         top_k: keep the k most likely tokens, and those that tie with the k-th; None keeps all.
         top_p: of those, keep the smallest set of most likely tokens whose probability reaches p
             (nucleus sampling, Holtzman et al. 2020). The token that reaches p is kept, so at least
