@@ -295,3 +295,7 @@ def test_the_page_shows_what_the_terminal_shows(runs, ask, tmp_path):
         pairs.choose(chosen, "close", policy, count=1, random_share=0, seed=0)
     with pytest.raises(UserError, match="name the folder of a run"):
         pairs.open_source(None, config)
+    alone = tmp_path / "alone.jsonl"
+    alone.write_text('{"messages": [{"role": "system", "content": "say"}]}\n')
+    with pytest.raises(UserError, match=r"alone\.jsonl, line 1: .*system's message alone"):
+        pairs.open_source(*policy, Config(prompts=(str(alone),), out=files["out"]))

@@ -782,7 +782,7 @@ def test_a_killed_server_loses_no_judgement(tmp_path):
     assert "p1" in task["conversation"]
     body = {"id": task["id"], "choice": "tie", "seconds": 0}
     assert post(second.addresses["ana"], "judgement", body)["kept"]
-    code, said = second.end(signal.SIGINT)
+    code, said = second.end(signal.SIGTERM)
     assert code == 0, said
     assert "judgements: 2 of 2 pairs" in said
     kept = json_lines(tmp_path / "prefs.jsonl")

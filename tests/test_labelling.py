@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import signal
 import sqlite3
 import stat
 import threading
@@ -468,10 +469,34 @@ def test_the_file_follows_the_store_and_a_full_disk(tmp_path, monkeypatch, caplo
         wait_until(lambda: len(json_lines(out)) == 1)
         with monkeypatch.context() as patch:
             patch.setattr(label, "write_atomically", full_disk)
-            record(kept, 1)
-            wait_until(lambda: "No space left" in caplog.text)
+            for number in (1, 2):
+                record(kept, number)
+                said = (
+                    f"({number + 1} judgements are in {kept.path.name}): cannot be written: No sp"
+                )
+                wait_until(lambda said=said: said in caplog.text)
+            time.sleep(0.2)  # it tries again, and says nothing
+            assert caplog.text.count("No space left") == 2
             assert len(json_lines(out)) == 1
-        wait_until(lambda: len(json_lines(out)) == 2)
+        wait_until(lambda: len(json_lines(out)) == 3)
+
+
+def test_sigterm_writes_the_file_as_ctrl_c_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(label, "WRITE_EVERY", 100.0)
+
+    def until_a_signal():
+        with labelled(tmp_path) as (kept, _):
+            record(kept, 0)
+            signal.raise_signal(signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            until_a_signal()
+        assert len(json_lines(tmp_path / "prefs.jsonl")) == 1
+        signal.raise_signal(signal.SIGTERM)  # as before
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_file_is_written_once_for_what_has_changed(tmp_path, monkeypatch):
@@ -642,6 +667,10 @@ def test_which_pairs_are_chosen():
     assert len({one.prompt for one in kept}) == 6
 
 
+ASKS = {"role": "user", "content": "q"}
+PAIR = {"chosen": "c", "rejected": "d"}
+
+
 def test_pairs_of_a_file(tmp_path):
     file = tmp_path / "pairs.jsonl"
     file.write_text(
@@ -661,6 +690,8 @@ def test_pairs_of_a_file(tmp_path):
         ({"prompt": "p", "responses": ["a"]}, "line 1: expected two texts"),
         ({"prompt": "p", "chosen": "a"}, "expected keys prompt, chosen, rejected"),
         ({"responses": ["a", "b"]}, "expected keys prompt"),
+        ({"prompt": [{"role": "system", "content": "s"}], **PAIR}, "line 1: .*system's message al"),
+        ({"prompt": [ASKS | {"weight": "x"}], **PAIR}, "line 1: 'weight' of a message must be"),
     ):
         file.write_text(json.dumps(row) + "\n")
         with pytest.raises(UserError, match=said):

@@ -7,6 +7,7 @@ in OUT.session.sqlite, and OUT follows it. The same command continues after the 
 
 import contextlib
 import json
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ import numpy as np
 
 from rlhf_jax import metrics
 from rlhf_jax.data.conversation import text_of
-from rlhf_jax.errors import UserError, file_errors, logger
+from rlhf_jax.errors import UserError, file_errors, logger, warn_once
 from rlhf_jax.inference import asking
 from rlhf_jax.inference.chat import Console
 from rlhf_jax.inference.labelling import pairs, summary
@@ -64,8 +65,12 @@ def opened(
 
 @contextlib.contextmanager
 def _followed(store: Store, out: Path) -> Iterator[None]:
-    """OUT follows the store while the block is open."""
+    """OUT follows the store while the block is open. SIGTERM ends it as Ctrl-C does."""
     write(store, out)
+    before = signal.getsignal(signal.SIGTERM)
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     ended = threading.Event()
 
     def follow() -> None:
@@ -77,7 +82,7 @@ def _followed(store: Store, out: Path) -> Iterator[None]:
                     write(store, out)
                     written = now
             except UserError as error:  # a full disk: the store has what it confirmed
-                logger.warning(str(error))
+                warn_once(str(error))  # of each number of judgements
             pause = max(WRITE_EVERY, 10 * (time.monotonic() - since))
 
     writer = threading.Thread(target=follow, name="labels", daemon=True)
@@ -85,6 +90,8 @@ def _followed(store: Store, out: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        if is_main:
+            signal.signal(signal.SIGTERM, before)
         ended.set()
         writer.join()
         write(store, out)
@@ -125,7 +132,7 @@ def write(store: Store, out: Path) -> None:
     judgements = store.judgements()
     session = {"shown": num_shown, "judgements": len(judgements)}
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows(judgements)]
-    with file_errors(f"{out} (its judgements are in {store.path.name})", "written"):
+    with file_errors(f"{out} ({len(judgements)} judgements are in {store.path.name})", "written"):
         write_atomically(session_file(out), json.dumps(session) + "\n")
         write_atomically(out, "".join(lines))
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf_jax.data import chat, conversation, files
+from rlhf_jax.data import chat, conversation, formats
 from rlhf_jax.data.rows import Message, Messages, Record
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.generation.generator import LanguageModel
@@ -16,6 +16,8 @@ from rlhf_jax.inference.labelling.settings import Config
 from rlhf_jax.inference.labelling.store import Pair
 from rlhf_jax.models import hf
 from rlhf_jax.runs import manifest
+
+_ALONE = "no stage trains on a pair behind a system's message alone"
 
 
 class Source(NamedTuple):
@@ -102,6 +104,8 @@ def _from_runs(folder: str, config: Config, count: int | None) -> _Pairs:
         own = []  # the rows with messages in the policy's own chat template
         for row in rows:
             if row.messages:
+                is_alone = all(map(conversation.is_system, row.messages))
+                Record(row, row.source).expect(not is_alone, _ALONE)
                 row = dataclasses.replace(row, prompt=template.prompt_of(row))
             own.append(row)
         asked.append(policy.ask(own, num_samples))
@@ -123,28 +127,27 @@ def _from_runs(folder: str, config: Config, count: int | None) -> _Pairs:
 
 
 def _from_file(name: str, seed: int, count: int | None) -> _Pairs:
-    source = files.read_source(name)
-    pairs = [_pair(number, record) for number, record in enumerate(source.records)][:count]
+    loaded = formats.load(None, [name])
+    pairs = [_pair(number, record) for number, record in enumerate(loaded.records)][:count]
     if not pairs:
         raise UserError(f"{name}: holds no rows")
-    settings = {"answers": source.fingerprint, "seed": seed, "count": len(pairs)}
+    settings = {"answers": loaded.sources[name].fingerprint, "seed": seed, "count": len(pairs)}
     return settings, len(pairs), lambda number: pairs[number]
 
 
 def _pair(number: int, record: Record) -> Pair:
     row = record.fields("prompt, responses")
-    if "responses" not in row:
-        record.require(("prompt", "chosen", "rejected"))
-        row = row | {"responses": [row["chosen"], row["rejected"]]}
-    record.require(("prompt",))
-    answers = row["responses"]
+    is_pair = "responses" not in row
+    record.require(("prompt", *formats.PAIR) if is_pair else ("prompt",))
+    answers = [row[key] for key in formats.PAIR] if is_pair else row["responses"]
     is_two = isinstance(answers, list) and len(answers) == 2
     record.expect(is_two and all(isinstance(text, str) for text in answers), "expected two texts")
     asked: str | Messages
     if conversation.is_chat(row, "prompt"):
-        asked = conversation.asked(Record(row, record.source), "prompt")
+        asked = conversation.asked(record, "prompt")
+        record.expect(not all(map(conversation.is_system, asked)), _ALONE)
     else:
-        asked = Record(row, record.source).text("prompt")
+        asked = record.text("prompt")
     texts = [record.checked("an answer", text) for text in answers]
     chosen_by = row.get("chosen_by", "random")
     record.expect(isinstance(chosen_by, str), "'chosen_by' must be a string", chosen_by)
