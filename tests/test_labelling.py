@@ -721,6 +721,22 @@ def test_a_server_that_ends_waits_for_no_batch_and_adds_nothing(opened, tmp_path
     assert not feeder.is_complete
 
 
+def test_pairs_wait_for_room_on_a_full_disk(opened, caplog):
+    """The server goes on, and adds each of them once."""
+    kept = opened(0)
+    source = pairs.Source({}, 3, lambda start: ([pair(i, "x" * 50_000)] for i in range(start, 3)))
+    kept._value(f"PRAGMA max_page_count = {kept._value('PRAGMA page_count')}")
+    ended = threading.Event()
+    feeder = serve.Feeder(source, kept, 32, ended.set)
+    feeder.start()
+    wait_until(lambda: "is full" in caplog.text)
+    assert not ended.wait(0.1)
+    kept._value("PRAGMA max_page_count = 1000000")
+    feeder.join(10)
+    assert feeder.is_complete
+    assert kept.num_pairs() == 3
+
+
 def test_pairs_are_sampled_ahead_and_not_further(opened, tmp_path):
     kept = opened(0)
     asked = []

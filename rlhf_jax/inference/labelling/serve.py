@@ -11,11 +11,11 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax.errors import UserError, file_errors, is_there, logger, read_file
+from rlhf_jax.errors import UserError, file_errors, is_there, logger, read_file, warn_once
 from rlhf_jax.inference import label, web
 from rlhf_jax.inference.labelling import pairs, server
 from rlhf_jax.inference.labelling.settings import Config
-from rlhf_jax.inference.labelling.store import Store
+from rlhf_jax.inference.labelling.store import Pair, Store
 from rlhf_jax.runs.writing import refuse_links, write_atomically
 
 _PATIENCE = 5.0  # seconds for a batch that is being sampled when the server ends
@@ -127,16 +127,22 @@ class Feeder(threading.Thread):
         """Samples until all pairs are in the store, or until it is stopped."""
         try:
             coming = self._source.batches(self._store.num_pairs())
+            added: list[Pair] | None = []
             while True:
                 while self._store.num_waiting() >= self._ahead:
                     if self._stopping.wait(0.2):
                         return
-                added = next(coming, None)
+                added = added or next(coming, None)
                 if self._stopping.is_set():
                     return
                 if added is None:
                     break
-                self._store.add(added)
+                try:
+                    self._store.add(added)
+                    added = []
+                except UserError as error:  # on a disk that is full now
+                    warn_once(str(error))
+                    self._stopping.wait(0.2)
             self.is_complete = True
         except Exception as error:  # a thread's own would reach nobody
             self.error = error
