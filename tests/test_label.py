@@ -296,6 +296,8 @@ def test_the_page_shows_what_the_terminal_shows(runs, ask, tmp_path):
     with pytest.raises(UserError, match="name the folder of a run"):
         pairs.open_source(None, config)
     alone = tmp_path / "alone.jsonl"
-    alone.write_text('{"messages": [{"role": "system", "content": "say"}]}\n')
-    with pytest.raises(UserError, match=r"alone\.jsonl, line 1: .*system's message alone"):
+    turns = [{"role": "system", "content": "say"}, {"role": "user", "content": "a"}]
+    rows = ({"messages": turns[:count]} for count in (2, 1))
+    alone.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"alone\.jsonl, line 2: .*system's message alone"):
         pairs.open_source(*policy, Config(prompts=(str(alone),), out=files["out"]))

@@ -18,7 +18,7 @@ import pytest
 from builders import json_lines, write_run
 
 from rlhf_jax import cli
-from rlhf_jax.data import formats
+from rlhf_jax.data import files, formats
 from rlhf_jax.errors import UserError
 from rlhf_jax.inference import label
 from rlhf_jax.inference.labelling import markup, pairs, serve, store, summary
@@ -667,6 +667,7 @@ def test_which_pairs_are_chosen():
     assert len({one.prompt for one in kept}) == 6
 
 
+SYSTEM = {"role": "system", "content": "s"}
 ASKS = {"role": "user", "content": "q"}
 PAIR = {"chosen": "c", "rejected": "d"}
 
@@ -675,22 +676,25 @@ def test_pairs_of_a_file(tmp_path):
     file = tmp_path / "pairs.jsonl"
     file.write_text(
         '{"prompt": "p", "responses": ["a", "b"]}\n'
-        '{"prompt": [{"role": "user", "content": "q"}], "chosen": "c", "rejected": "d"}\n'
+        + json.dumps({"prompt": [SYSTEM, ASKS], **PAIR})
     )
     source = pairs.open_source(None, config(tmp_path, answers=str(file)))
     assert source.num_pairs == 2
     first, second = (one for batch in source.batches(0) for one in batch)
     assert first == (0, "p", ["a", "b"], "random")
     assert second.answers == ["c", "d"]
-    assert second.prompt == [{"role": "user", "content": "q"}]
+    assert second.prompt == [SYSTEM, ASKS]
+    assert source.settings["answers"] == files.read_source(str(file)).fingerprint
     assert [*source.batches(1)] == [[second]]
     with pytest.raises(UserError, match="leave run out"):
         pairs.open_source("run", config(tmp_path, answers=str(file)))
+    with pytest.raises(UserError, match="demo: no such file"):
+        pairs.open_source(None, config(tmp_path, answers="demo"))
     for row, said in (
         ({"prompt": "p", "responses": ["a"]}, "line 1: expected two texts"),
         ({"prompt": "p", "chosen": "a"}, "expected keys prompt, chosen, rejected"),
         ({"responses": ["a", "b"]}, "expected keys prompt"),
-        ({"prompt": [{"role": "system", "content": "s"}], **PAIR}, "line 1: .*system's message al"),
+        ({"prompt": [SYSTEM], **PAIR}, "line 1: .*system's message al"),
         ({"prompt": [ASKS | {"weight": "x"}], **PAIR}, "line 1: 'weight' of a message must be"),
     ):
         file.write_text(json.dumps(row) + "\n")
