@@ -295,9 +295,3 @@ def test_the_page_shows_what_the_terminal_shows(runs, ask, tmp_path):
         pairs.choose(chosen, "close", policy, count=1, random_share=0, seed=0)
     with pytest.raises(UserError, match="name the folder of a run"):
         pairs.open_source(None, config)
-    alone = tmp_path / "alone.jsonl"
-    turns = [{"role": "system", "content": "say"}, {"role": "user", "content": "a"}]
-    rows = ({"messages": turns[:count]} for count in (2, 1))
-    alone.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(UserError, match=r"alone\.jsonl, line 2: .*system's message alone"):
-        pairs.open_source(*policy, Config(prompts=(str(alone),), out=files["out"]))

@@ -26,8 +26,7 @@ from rlhf_jax.inference.labelling.store import Store, Task, file_of, is_new, row
 from rlhf_jax.runs import reading
 from rlhf_jax.runs.writing import one_writer, refuse_links, write_atomically
 
-WRITE_EVERY = 2.0
-"""Seconds between two writings of OUT, or ten times as long as one takes."""
+WRITE_EVERY = 2.0  # seconds between two writings of OUT, or ten times as long as one takes
 
 KEYS = {"a": "a", "b": "b", "t": "tie", "s": "skip", "u": "undo", "q": "quit"}
 QUESTION = "a, b, t(ie), s(kip), u(ndo), q(uit)?"
@@ -42,8 +41,7 @@ def opened(
 
     Raises:
         UserError: another process writes OUT, or it was begun with other settings; the store is
-            damaged, or lacks judgements; a folder, a file or a row is wrong; OUT cannot be written
-            at the start or at the end.
+            damaged, or lacks judgements; a folder, file or row is wrong; OUT cannot be written.
     """
     out = Path(config.out)
     path = file_of(out)
@@ -67,10 +65,8 @@ def opened(
 def _followed(store: Store, out: Path) -> Iterator[None]:
     """OUT follows the store while the block is open. SIGTERM ends it as Ctrl-C does."""
     write(store, out)
-    before = signal.getsignal(signal.SIGTERM)
     is_main = threading.current_thread() is threading.main_thread()
-    if is_main:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if is_main else None
     ended = threading.Event()
 
     def follow() -> None:

@@ -17,8 +17,6 @@ from rlhf_jax.inference.labelling.store import Pair
 from rlhf_jax.models import hf
 from rlhf_jax.runs import manifest
 
-_ALONE = "no stage trains on a pair behind a system's message alone"
-
 
 class Source(NamedTuple):
     """Pairs to be put into a store."""
@@ -104,8 +102,6 @@ def _from_runs(folder: str, config: Config, count: int | None) -> _Pairs:
         own = []  # the rows with messages in the policy's own chat template
         for row in rows:
             if row.messages:
-                is_alone = all(map(conversation.is_system, row.messages))
-                Record(row, row.source).expect(not is_alone, _ALONE)
                 row = dataclasses.replace(row, prompt=template.prompt_of(row))
             own.append(row)
         asked.append(policy.ask(own, num_samples))
@@ -145,7 +141,8 @@ def _pair(number: int, record: Record) -> Pair:
     asked: str | Messages
     if conversation.is_chat(row, "prompt"):
         asked = conversation.asked(record, "prompt")
-        record.expect(not all(map(conversation.is_system, asked)), _ALONE)
+        is_alone = all(map(conversation.is_system, asked))
+        record.expect(not is_alone, "no stage trains on a pair behind a system's message alone")
     else:
         asked = record.text("prompt")
     texts = [record.checked("an answer", text) for text in answers]

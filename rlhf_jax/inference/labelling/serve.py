@@ -9,13 +9,16 @@ import stat
 import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from rlhf_jax.errors import UserError, file_errors, is_there, logger, read_file, warn_once
+import msgspec
+
+from rlhf_jax.errors import UserError, file_errors, is_there, logger, warn_once
 from rlhf_jax.inference import label, web
 from rlhf_jax.inference.labelling import pairs, server
 from rlhf_jax.inference.labelling.settings import Config
 from rlhf_jax.inference.labelling.store import Pair, Store
+from rlhf_jax.runs import reading
 from rlhf_jax.runs.writing import refuse_links, write_atomically
 
 _PATIENCE = 5.0  # seconds for a batch that is being sampled when the server ends
@@ -41,21 +44,11 @@ def tokens(out: Path, people: list[str]) -> dict[str, str]:
         UserError: the file is broken, or others may read it.
     """
     path = _tokens_file(out)
-    known: Any = {}
+    known: dict[str, str] = {}
     if is_there(path):
         if stat.S_IMODE(path.stat().st_mode) & 0o077:
             raise UserError(f"{path}: others may read these secrets; run chmod 600 {path}")
-        content = read_file(path)
-        try:
-            known = json.loads(content)
-        except (ValueError, RecursionError):
-            known = None
-        if not isinstance(known, dict) or not all(
-            isinstance(token, str) and len(token) >= 32 for token in known.values()
-        ):
-            raise UserError(
-                f"{path}: is no file of tokens; delete it, and each annotator gets another"
-            )
+        known = reading.read_json(path, dict[str, Annotated[str, msgspec.Meta(min_length=32)]])
     missing = [name for name in people if name not in known]
     if missing:
         known |= {name: secrets.token_urlsafe(32) for name in missing}
