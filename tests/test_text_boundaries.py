@@ -511,4 +511,9 @@ def test_flags_of_json_are_objects_that_our_files_hold(flag, capsys):
     with pytest.raises(SystemExit, match="2"):
         config.parse(RunConfig, ["--text.template-options", flag], sections=("text",))
     assert "expected a JSON object" in capsys.readouterr().err
+
+
+def test_null_is_no_object_of_options():
+    null = config.parse(RunConfig, ["--text.template-options", "null"], sections=("text",))
+    assert null.text.template_options is None
     np.testing.assert_equal(RunConfig().text.template_options, None)
