@@ -211,9 +211,10 @@ def test_a_stopped_run_goes_on_with_the_same_rows_alone(stage, tmp_path):
 
 
 def test_processes_must_be_given_the_same_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(
-        processes, "gather", lambda work: [facts := work(), facts | {"given": {"data": 3}}]
-    )
+    def gather(work):
+        facts = work()
+        return [facts, facts and facts | {"given": {"data": 3}}]
+
+    monkeypatch.setattr(processes, "gather", gather)
     with pytest.raises(UserError, match=r"given\.data is '16 rows' in process 0 and 3 in"):
         start(stage_config(tmp_path, "sft"), "sft", data=TEXTS)

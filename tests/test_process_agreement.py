@@ -2,6 +2,7 @@
 those of one process.
 """
 
+import hashlib
 import json
 import re
 import sys
@@ -18,10 +19,11 @@ from builders import TINY, launch, metric_rows
 from jax.experimental import multihost_utils
 
 from rlhf_jax import Rollout
-from rlhf_jax.config import RLStage, RunConfig, Tokenizer
+from rlhf_jax.config import RLStage, RunConfig, Safety, Tokenizer
 from rlhf_jax.data.encoding import EncodedPrompts
 from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError
+from rlhf_jax.graders import filter as filters
 from rlhf_jax.graders import spec
 from rlhf_jax.rewards import Unscored
 from rlhf_jax.runs import folder, manifest, processes
@@ -152,26 +154,25 @@ def test_parts_that_one_process_has_are_counted_over_their_rows(monkeypatch):
         assert rows == [[0, 1, 0, 0, 0], [0, 0, 2, 0, 0], [0, 1, 1, 1, 0], [0, 0, 0, 0, 4]]
 
 
-def test_the_filter_of_the_first_process_counts(monkeypatch):
-    """A classifier may answer each process differently; all must drop the same rows."""
+def test_the_classifier_of_the_first_process_counts(monkeypatch):
+    """It may answer each process differently; all must drop the same rows."""
     threads = Threads(2, monkeypatch)
+    asked = []
 
-    def guard(before, *, scored, columns):
-        number = threads.own.number
-        mask = scored.response_mask.copy()
-        mask[number] = 0
-        return scored.replace(response_mask=mask), {"safety/unsafe": np.float32(number)}, [{}] * B
+    def classifier(rollout, columns):
+        asked.append(threads.own.number)
+        scores = [0.0] * B
+        scores[threads.own.number] = 2.0
+        return scores, {}
 
+    tokenizer = SimpleNamespace(decode=lambda ids: "x" * len(ids))
+    safety = Safety(classifier="any", above=1.0, responses="mask")
+    guard = filters.Guard(safety, filters.Filter(), tokenizer, classifier).enforce
     for found in threads.run(lambda: scored(REWARDS["nothing else"], guard)):
         assert np.asarray(found.rollout.present).tolist() == [False, True, True, True]
-        assert found.metrics["safety/unsafe"] == 0
-
-
-def test_objects_of_any_size_are_gathered(monkeypatch):
-    threads = Threads(3, monkeypatch)
-    wanted = [{"a": "x" * 1000 * number, "b": np.arange(number)} for number in range(3)]
-    for found in threads.run(lambda: processes.gather_objects(wanted[threads.own.number])):
-        assert str(found) == str(wanted)
+        assert found.metrics["safety/unsafe"] == 0.25
+        assert found.verdicts == [{"classifier": "score 2 above 1"}, {}, {}, {}]
+    assert asked == [0]
 
 
 # --- What is compared before the first step
@@ -182,12 +183,15 @@ def facts_of(config, name="vpg", fingerprints=(("data.json", "1" * 64),), given=
     told = []
 
     def gather(work):
-        told.append(json.loads(json.dumps(work())))
-        raise UserError("enough")
+        found = json.loads(json.dumps(work()))
+        if found is not None:
+            told.append(found)
+            raise UserError("enough")
+        return [None]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "process_count", lambda: 2)
         patch.setattr(processes, "gather", gather)
+        patch.setattr(folder, "check_usable", lambda *args, **how: None)
         with (
             pytest.raises(UserError, match="enough"),
             opening.open_run(config, name, dict(fingerprints), given=dict(given)),
@@ -198,8 +202,12 @@ def facts_of(config, name="vpg", fingerprints=(("data.json", "1" * 64),), given=
 
 def compared(config, facts, monkeypatch):
     """Opens the run of the first process beside others that told these facts."""
-    monkeypatch.setattr(jax, "process_count", lambda: 1 + len(facts))
-    monkeypatch.setattr(processes, "gather", lambda work: json.loads(json.dumps([work(), *facts])))
+
+    def gather(work):
+        found = work()
+        return [found] if found is None else json.loads(json.dumps([found, *facts]))
+
+    monkeypatch.setattr(processes, "gather", gather)
     monkeypatch.setattr(folder, "open_run", lambda *args, **how: pytest.fail("it took the folder"))
     with opening.open_run(config, "vpg", {"data.json": "1" * 64}):
         pass
@@ -233,7 +241,7 @@ def test_other_settings_of_a_process_are_named_with_both_values(key, config, mon
     with pytest.raises(UserError) as caught:
         compared(config, [same, other], monkeypatch)
     first, second = map(repr, values)
-    assert f": {key} is {first} in process 0 and {second} in process 2. " in str(caught.value)
+    assert str(caught.value).endswith(f": {key} is {first} in process 0 and {second} in process 2")
     assert not Path(config.output_dir).exists()
 
 
@@ -249,19 +257,23 @@ def test_what_else_the_processes_of_a_run_compare(config, tmp_path, monkeypatch)
     (models[1] / "weights").write_text("2")
     other_model = facts_of(replace(config, model=str(models[1])))
     assert facts[0] != other_model
-    monkeypatch.setattr(manifest, "git_state", lambda: {"commit": "c0ffee", "modified": False})
+    monkeypatch.setattr(manifest, "_git_state", lambda: {"commit": "c0ffee", "modified": False})
     revision = facts_of(config)
     monkeypatch.undo()
     monkeypatch.setattr(jax, "local_device_count", lambda: 3)
     devices = facts_of(config)
     monkeypatch.undo()
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
+    flags = facts_of(config)
+    monkeypatch.undo()
     for word, other in {
-        "sha256 of model": other_model,
-        "sha256 of data.json": facts_of(config, fingerprints={"data.json": "2" * 64}.items()),
+        "sha256.model": other_model,
+        "sha256.data.json": facts_of(config, fingerprints={"data.json": "2" * 64}.items()),
         "given.optimizer": facts_of(config, given={"optimizer": 3}.items()),
         "stage": facts_of(config, "sft"),
         "versions.jax": same | {"versions": same["versions"] | {"jax": "0.1"}},
         "git": revision,
+        "xla_flags": flags,
         "devices of a process": devices,
     }.items():
         with pytest.raises(UserError, match=f"{word}.* in process 0 and .* in process 1"):
@@ -274,41 +286,59 @@ def test_processes_may_see_a_run_at_other_places(config, monkeypatch):
         compared(config, [other], monkeypatch)
 
 
-def test_a_run_of_one_process_reads_its_models_once(config, tmp_path, monkeypatch):
-    """And not before it has its folder, because they are large."""
+@pytest.mark.parametrize("count", [1, 2])
+def test_each_process_reads_its_models_once(count, config, monkeypatch):
+    """And not for a folder that is used, because they are large."""
     read = []
     whole = opening.fingerprints_of
     monkeypatch.setattr(opening, "fingerprints_of", lambda *a: read.append(a) or whole(*a))
-    with opening.open_run(config, "vpg", {}):
-        assert len(read) == 1
-    with pytest.raises(UserError, match="holds files"), opening.open_run(config, "vpg", {}):
-        pass
-    assert len(read) == 1
+    threads = Threads(count, monkeypatch)
+    entered = threading.Barrier(count, timeout=20)
+
+    def work():
+        with opening.open_run(config, "vpg", {}):
+            entered.wait()
+            return len(read)
+
+    assert threads.run(work) == [count] * count
+    with pytest.raises(UserError, match="holds files"):
+        threads.run(work)
+    assert len(read) == count
 
 
 # --- The run folder
 
 
-def test_a_folder_that_only_the_first_process_sees(tmp_path, monkeypatch):
-    monkeypatch.setattr(folder, "SEEN_SECONDS", 0.2)
+@pytest.mark.parametrize("before", ["nothing", "another run", "the same settings"])
+def test_a_folder_that_only_the_first_process_sees(before, config, tmp_path, monkeypatch):
+    """Another host may hold the folder of an earlier run at this path."""
+    own = tmp_path / "own1"
+    if before != "nothing":
+        seed = 0 if before == "the same settings" else 3
+        with opening.open_run(replace(config, output_dir=str(own), seed=seed), "vpg", {}):
+            monkeypatch.setattr(sys, "argv", ["an earlier command"])
+    monkeypatch.setattr(opening, "SEEN_SECONDS", 0.2)
     threads = Threads(2, monkeypatch)
 
-    def work(place):
+    def work():
+        place = tmp_path / f"own{threads.own.number}"
         try:
-            with folder.open_run(place()):
+            with opening.open_run(replace(config, output_dir=str(place)), "vpg", {}):
                 return "seen"
         except UserError as error:
             return str(error)
 
-    assert threads.run(lambda: work(lambda: tmp_path / "shared")) == ["seen"] * 2
-    said = threads.run(lambda: work(lambda: tmp_path / f"own{threads.own.number}"))
-    for text in said:
-        assert "own1: this process does not see" in text
+    for text in threads.run(work):
+        assert "own1: all need to see the run folder of the first" in text
+    assert not (tmp_path / "own0" / "manifest.json").exists()  # the next command needs it free
 
 
 def test_a_folder_that_is_seen_a_little_later(tmp_path):
-    threading.Timer(0.2, (tmp_path / "mark").touch).start()
-    folder._see(tmp_path, "mark")
+    run = folder.Run(tmp_path, False)
+    threading.Timer(0.1, run.manifest.write_text, ["half"]).start()
+    threading.Timer(0.3, run.manifest.write_text, ["whole"]).start()
+    opening._see(run, hashlib.sha256(b"whole").hexdigest())
+    assert run.manifest.read_text() == "whole"
 
 
 # --- Real processes
@@ -326,9 +356,9 @@ IN_PROCESSES = """
 import sys
 from rlhf_jax import config, errors, training
 from rlhf_jax.algorithms import vpg
-from rlhf_jax.runs import folder
+from rlhf_jax.training.common import opening
 tiny, place, reward = sys.argv[1], sys.argv[-1], sys.argv[2]
-folder.SEEN_SECONDS = 1
+opening.SEEN_SECONDS = 1
 own = int(place[-1])
 
 for name, *flags in (
@@ -362,7 +392,7 @@ def test_two_processes_that_differ(tmp_path):
             r"batch: .*rl\.batch_size is 8 in process 0 and 16 in process 1",
             r"iterations: .*rl\.num_iterations is 2 in process 0 and 3 in process 1",
             r"seed: .*seed is 0 in process 0 and 3 in process 1",
-            r"folder: .*reward\.py\.1.* does not see the run folder",
+            r"folder: .*reward\.py\.1: all need to see the run folder",
         ):
             assert re.search(f"^{line}", text, re.MULTILINE), (line, text)
         assert "parts:" not in text

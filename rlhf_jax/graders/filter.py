@@ -19,6 +19,7 @@ from rlhf_jax.graders import spec
 from rlhf_jax.graders.service import Services
 from rlhf_jax.rewards.host import Columns, HostReward, on_host
 from rlhf_jax.rewards.texts import Decoder
+from rlhf_jax.runs import processes
 from rlhf_jax.types import Metrics, Rollout
 
 _LETTER = r"[^\W_]"  # or a digit
@@ -190,6 +191,17 @@ class Guard:
         Raises:
           FloatingPointError: the classifier's score is not finite; it names the row.
         """
+        verdicts = processes.in_first(lambda: self._verdicts(sampled, columns))  # or may differ
+        unsafe = np.array([bool(verdict) for verdict in verdicts])
+        num_present = max(int(sampled.present.sum()), 1)
+        metrics = {"safety/unsafe": jnp.float32(unsafe.sum() / num_present)}
+        for rule in RULES:
+            if vars(self.settings)[rule]:
+                hits = sum(rule in verdict for verdict in verdicts)
+                metrics[f"safety/{rule}"] = jnp.float32(hits / num_present)
+        return self._punished(scored, unsafe), metrics, verdicts
+
+    def _verdicts(self, sampled: Rollout, columns: Columns) -> list[Verdict]:
         assert self.tokenizer is not None, "call for_responses first"
         verdicts: list[Verdict] = []
         for tokens, mask in zip(sampled.tokens, sampled.mask, strict=True):
@@ -205,14 +217,7 @@ class Guard:
                     verdicts[row]["classifier"] = f"score {score:.4g} below {below:g}"
                 elif above is not None and score > above:
                     verdicts[row]["classifier"] = f"score {score:.4g} above {above:g}"
-        unsafe = np.array([bool(verdict) for verdict in verdicts])
-        num_present = max(int(sampled.present.sum()), 1)
-        metrics = {"safety/unsafe": jnp.float32(unsafe.sum() / num_present)}
-        for rule in RULES:
-            if vars(self.settings)[rule]:
-                hits = sum(rule in verdict for verdict in verdicts)
-                metrics[f"safety/{rule}"] = jnp.float32(hits / num_present)
-        return self._punished(scored, unsafe), metrics, verdicts
+        return verdicts
 
     def _punished(self, scored: Rollout, unsafe: np.ndarray) -> Rollout:
         """The scored rollout after the action on unsafe rows [B]; if dense, at the last token."""

@@ -7,7 +7,6 @@ reasons of a row stay together until ``on_host`` makes arrays of them.
 
 import contextlib
 import copy
-import itertools
 import math
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
@@ -62,14 +61,19 @@ class RowScores(NamedTuple):
     row_ids: Any  # [B] of the rollout that was scored, or None
     scores: list[Score]
     components: Components
+    dense: Mapping[str | None, bool]  # {component, None for scores: whether any row has [T]}
 
     def arrays(self, mask: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Scores and components [B] float32, or [B, T] if a row has numbers at tokens: a number for
         the row then stands at its last token. Where a row has none, scores are 0 and components
         NaN. Outside the response scores are 0; components may say something of the prompt.
         """
-        components = {n: _filled(values, math.nan, mask) for n, values in self.components.items()}
-        scores = _filled(self.scores, 0.0, mask)
+        components = {
+            name: _filled(self.components.get(name, [MISSING] * len(mask)), math.nan, mask, dense)
+            for name, dense in self.dense.items()
+            if name is not None
+        }
+        scores = _filled(self.scores, 0.0, mask, self.dense[None])
         return (np.where(mask != 0, scores, 0.0) if scores.ndim == 2 else scores), components
 
     def reasons(self) -> list[str | None]:
@@ -78,20 +82,7 @@ class RowScores(NamedTuple):
         return [None if fault is MISSING else fault.reason for fault in faults]
 
 
-def joined(parts: Sequence[RowScores]) -> RowScores:
-    """The scores of the rows of all parts; rows of a part without a component have none of it."""
-    names = dict.fromkeys(itertools.chain(*(part.components for part in parts)))
-    components: Components = {name: [] for name in names}
-    for part in parts:
-        for name, scores in components.items():
-            scores += part.components.get(name, [MISSING] * len(part.scores))
-    scores = list(itertools.chain(*(part.scores for part in parts)))
-    ids = [part.row_ids for part in parts if part.row_ids is not None]
-    return RowScores(np.concatenate(ids) if ids else None, scores, components)
-
-
-def _filled(scores: Sequence[Score], instead: float, mask: np.ndarray) -> np.ndarray:
-    is_dense = any(isinstance(score, np.ndarray) for score in scores)
+def _filled(scores: list[Score], instead: float, mask: np.ndarray, is_dense: bool) -> np.ndarray:
     filled = np.full(mask.shape if is_dense else len(mask), instead, np.float32)
     for row, score in enumerate(scores):
         if not isinstance(score, Unscored):
@@ -168,7 +159,9 @@ def row_scores(
 
     present = host.present.tolist()
     scores, components = checked(name, result, labels, present, place)
-    return RowScores(host.row_ids, scores, components)
+    of_all: dict[Any, list[Score]] = {None: scores, **components}
+    dense = {name: any(isinstance(x, np.ndarray) for x in of) for name, of in of_all.items()}
+    return RowScores(host.row_ids, scores, components, dense)
 
 
 def copied(columns: Columns) -> dict[str, list[Any]]:

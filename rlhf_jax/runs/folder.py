@@ -24,7 +24,6 @@ import json
 import os
 import re
 import secrets
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,7 +31,6 @@ from rlhf_jax.errors import UserError, file_errors, logger, read_file
 from rlhf_jax.runs import processes
 from rlhf_jax.runs.writing import delete, refuse_links, take_lock
 
-SEEN_SECONDS = 30  # a host may see a new file of another one so late under NFS
 _LOCK_FILES = (".lock", ".pid")  # the latter of runs of 0.3
 # What a run, its report and its evaluation write.
 _FILES = (
@@ -92,16 +90,12 @@ def open_run(path: str | Path, *, resume: bool = False, overwrite: bool = False)
     Raises:
       UserError: the folder is used and neither ``resume`` nor ``overwrite`` is given; there is
         nothing to resume; the path is a file; another process (named by its PID) writes to the
-        folder; what would be written is a symbolic link; a process does not see the folder that
-        the first one has taken.
+        folder; what would be written is a symbolic link.
     """
     path = Path(path)
     with contextlib.ExitStack() as stack:
-        resumed, was_empty, mark = processes.in_first(lambda: _take(path, resume, overwrite, stack))
+        resumed, was_empty = processes.in_first(lambda: _take(path, resume, overwrite, stack))
         try:
-            processes.agree(lambda: _see(path, mark))
-            if processes.is_first():
-                (path / mark).unlink()
             yield Run(path, resumed)
         except UserError:
             # Nothing has been computed yet, and the corrected command needs a free folder.
@@ -112,10 +106,8 @@ def open_run(path: str | Path, *, resume: bool = False, overwrite: bool = False)
 
 def _take(
     path: Path, resume: bool, overwrite: bool, stack: contextlib.ExitStack
-) -> tuple[bool, bool, str]:
-    """Takes the folder until the stack closes. Is there a checkpoint, is the folder empty, and the
-    name of a new file in it, which shows other processes that it is this folder.
-    """
+) -> tuple[bool, bool]:
+    """Takes the folder until the stack closes. Is there a checkpoint, and is the folder empty?"""
     check_usable(path, resume=resume, overwrite=overwrite)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -136,21 +128,7 @@ def _take(
         logger.info(
             f"--resume: {path} holds no complete checkpoint; the run starts from the beginning"
         )
-    mark = path / f".{secrets.token_hex(8)}.unfinished"
-    with file_errors(mark):
-        mark.touch()
-    return resumed, is_unused(path), mark.name
-
-
-def _see(path: Path, mark: str) -> None:
-    end = time.monotonic() + SEEN_SECONDS
-    while not (path / mark).is_file():
-        if time.monotonic() > end:
-            raise UserError(
-                f"{path}: this process does not see the run folder of the first one; all need "
-                "the same --output-dir on a file system that they share"
-            )
-        time.sleep(0.1)
+    return resumed, is_unused(path)
 
 
 def check_links(path: Path) -> None:

@@ -74,23 +74,16 @@ def write_manifest(
       changed: what differs from the run that is resumed; if anything does, the manifest gets the
         new facts.
     """
-    machine: Row = {
-        "backend": jax.default_backend(),
-        "devices": {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), **mesh},
-        "cpu": devices.cpu(),
-        "threads": devices.num_threads(),
-        "versions": versions(),
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
-    }
-    start = {"command": shlex.join(command_line()), **machine, "git": git_state()}
+    now = machine(mesh)
+    start = {"command": shlex.join(command_line()), **now}
     manifest = start | dict(facts)
     if run.resumed:
         manifest = read_json(run.manifest, Manifest)
         if changed:
             manifest |= facts
         last = last_start(manifest)
-        before = {key: last[key] for key in machine if key in last}
-        changes = differences(before, {key: machine[key] for key in before})
+        before = {key: last[key] for key in now if key in last and key != "git"}
+        changes = differences(before, {key: now[key] for key in before})
         exact = COUNTS if manifest.get("moves") == EXACT else ()
         moved = [changes.pop(key) for key in exact if key in changes]
         if moved:
@@ -103,6 +96,20 @@ def write_manifest(
         starts = manifest.setdefault("resumed", [])
         starts.append(start | ({"changed": list(changed)} if changed else {}))
     write_atomically(run.manifest, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+
+
+def machine(mesh: Mapping[str, int] = {}) -> Row:
+    """What a run's bits depend on beside its settings and files."""
+    packages = {name: metadata.version(name) for name in PACKAGES}
+    return {
+        "backend": jax.default_backend(),
+        "devices": {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), **mesh},
+        "cpu": devices.cpu(),
+        "threads": devices.num_threads(),
+        "versions": {"python": platform.python_version(), **packages},
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "git": _git_state(),
+    }
 
 
 def add_facts(run: Run, facts: Mapping[str, Any]) -> None:
@@ -176,7 +183,7 @@ def check_unchanged(
         allowed.append("data")
     manifest = read_json(run.manifest, Manifest)
     before = dotted(read_yaml(run.config, Settings)) | dotted(manifest.get("given", {}))
-    unequal = differences(before | hashes(manifest.get("data", {})), after | hashes(data))
+    unequal = differences(before | _hashes(manifest.get("data", {})), after | _hashes(data))
     changed = {key: text for key, text in unequal.items() if not within(_setting(key), may_change)}
     never = [_setting(key) for key in changed if within(_setting(key), fixed)]
     problems = [
@@ -197,8 +204,7 @@ def check_unchanged(
     return list(changed.values())
 
 
-def hashes(fingerprints: Texts) -> dict[str, str]:
-    """The fingerprints as messages show them."""
+def _hashes(fingerprints: Texts) -> dict[str, str]:
     return {f"sha256 of {name}": digest[:12] for name, digest in fingerprints.items()}
 
 
@@ -244,13 +250,7 @@ def dotted(value: Any, prefix: str = "") -> Row:
     return keys
 
 
-def versions() -> dict[str, str]:
-    """Of Python and of `PACKAGES`, by name."""
-    packages = {name: metadata.version(name) for name in PACKAGES}
-    return {"python": platform.python_version(), **packages}
-
-
-def git_state() -> Row | None:
+def _git_state() -> Row | None:
     """The commit of this package's checkout, and whether files differ from it; None without one."""
     here = Path(__file__)
 

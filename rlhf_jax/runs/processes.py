@@ -13,7 +13,6 @@ import atexit
 import itertools
 import json
 import os
-import pickle
 import re
 import signal
 import sys
@@ -35,6 +34,7 @@ T = TypeVar("T")
 
 HEARTBEAT_SECONDS = 20
 """A process without a sign of life for so long counts as lost, and the others end."""
+LOST = "another process has gone; start all of them again, --resume"
 # The classes that an error keeps in the other processes; subclasses come first.
 _KINDS = {kind.__name__: kind for kind in (ServiceError, UserError, TrainingFault)}
 _DAY = 24 * 3600 * 1000  # milliseconds
@@ -118,18 +118,6 @@ def gather_rows(tree: T) -> T:
     return tree if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)
 
 
-def gather_objects(value: T) -> list[T]:
-    """The values of all processes, whatever their forms and sizes."""
-    if jax.process_count() == 1:
-        return [value]
-    own = np.frombuffer(pickle.dumps(value), np.uint8)
-    sizes = multihost_utils.process_allgather(np.int32(len(own)))
-    # A power of two, because each size is compiled.
-    padded = np.pad(own, (0, (1 << int(max(sizes)).bit_length()) - len(own)))
-    rows = zip(multihost_utils.process_allgather(padded), sizes, strict=True)
-    return [pickle.loads(row[:size].tobytes()) for row, size in rows]
-
-
 def agree(work: Callable[[], T]) -> T:
     """``work()`` in every process. If it fails in one, it fails in all, as in ``gather``."""
     results: list[T] = []
@@ -155,12 +143,14 @@ def gather(work: Callable[[], T]) -> list[T]:
         report["error"] = str(error) or type(error).__name__
         kinds = [name for name, kind in _KINDS.items() if isinstance(error, kind)]
         report["kind"] = [*kinds, "TrainingFault"][0]
-    place = _tell(report)
-    # If a process is lost, JAX ends this one while it waits here.
-    reports = [
-        json.loads(_store().blocking_key_value_get(f"{place}/{number}", _DAY))
-        for number in range(jax.process_count())
-    ]
+    try:
+        place = _tell(report)
+        reports = [
+            json.loads(_store().blocking_key_value_get(f"{place}/{number}", _DAY))
+            for number in range(jax.process_count())
+        ]
+    except jax.errors.JaxRuntimeError as error:  # mostly JAX ends this process instead
+        raise TrainingFault(LOST) from error
     for number, report in enumerate(reports):
         if "error" in report:
             raise failure or _KINDS[report["kind"]](f"process {number}: {report['error']}")

@@ -5,8 +5,8 @@ to resume.
 import contextlib
 import dataclasses
 import errno
-import functools
 import math
+import time
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,11 +20,11 @@ from rlhf_jax.config.yaml_files import dotted_keys, dumped
 from rlhf_jax.errors import TrainingFault, UserError, disk_fault, logger
 from rlhf_jax.parallel import sharding
 from rlhf_jax.runs import folder, keeping, manifest, objects, processes, reading, writing
-from rlhf_jax.runs.reading import Row
 from rlhf_jax.training.common import initial, memory, rates
 from rlhf_jax.training.common.layout import Layout, layout_of
 from rlhf_jax.types import AlgorithmConfig
 
+SEEN_SECONDS = 30  # under NFS a host may see another one's file so late
 Stream = Literal["init", "data", "rollout", "update", "eval", "choice"]
 
 # A resumed run may change these settings and stays the same run.
@@ -130,26 +130,24 @@ def open_run(
 
     Raises:
         UserError: the folder is used or locked, the run to resume is another one, or processes
-            have different settings, files, versions or run folders.
+            have other settings, files, versions or run folders.
         TrainingFault: the disk or the device's memory is full, now or at any time while the run
             is open.
     """
-
-    @functools.cache  # models are large
-    def read() -> tuple[dict[str, str], Row]:
-        python = {key: objects.describe(value) for key, value in given.items() if value is not None}
-        return {**fingerprints, **fingerprints_of(config, files)}, python
-
-    if jax.process_count() > 1:
-        _compare(name, config, *read())
     path = run_folder(config, name)
-    with folder.open_run(path, resume=config.resume, overwrite=config.overwrite) as opened:
+    how = {"resume": config.resume, "overwrite": config.overwrite}
+    processes.in_first(lambda: folder.check_usable(path, **how))  # before large models are read
+    data = {**fingerprints, **fingerprints_of(config, files)}
+    python = {key: objects.describe(value) for key, value in given.items() if value is not None}
+    _compare(name, config, data, python)
+    with folder.open_run(path, **how) as opened:
         if opened.resumed:
             processes.in_first(lambda: keeping.restore_start(opened))
         config = _decided(config, name, opened)
         run = OpenRun(name, opened, config, layout_of(config))
         with _explained(run, sizes):
-            processes.in_first(lambda: _describe(run, *read()))
+            written = processes.in_first(lambda: _describe(run, data, python))
+            processes.agree(lambda: _see(run.folder, written))
         mesh = run.layout.mesh
         in_mesh = jax.set_mesh(mesh) if sharding.is_set(mesh) else contextlib.nullcontext()
         full = jax.default_matmul_precision("highest")
@@ -176,9 +174,7 @@ def _explained(run: OpenRun, sizes: Mapping[str, int]) -> Iterator[None]:
         ) from error
     except (jax.errors.JaxRuntimeError, ValueError, MemoryError, memory.TooLarge) as error:
         if processes.is_lost(error):
-            raise TrainingFault(
-                f"{run.name}: another process has gone; start all of them again, --resume"
-            ) from error
+            raise TrainingFault(f"{run.name}: {processes.LOST}") from error
         # XLA raises a ValueError if memory runs out while arrays are placed on a GPU.
         is_full = isinstance(error, MemoryError | memory.TooLarge)
         is_full = is_full or "RESOURCE_EXHAUSTED" in str(error)
@@ -230,29 +226,34 @@ def fingerprints_of(config: RunConfig, files: Mapping[str, Path]) -> dict[str, s
     return {key: manifest.fingerprint(path) for key, path in sources.items()}
 
 
-def _compare(name: str, config: RunConfig, data: Mapping[str, str], python: Row) -> None:
+def _compare(name: str, config: RunConfig, data: Mapping[str, str], python: reading.Row) -> None:
     """Raises UserError in every process of a run unless all would do the same."""
-    # Of the model only the fingerprint: hosts may keep it in different places.
-    elsewhere = {"model": None, "output_dir": None, "processes": None}
-    facts = {"stage": name, **to_dict(config), **elsewhere, **manifest.hashes(data)}
-    facts |= {"given": python, "versions": manifest.versions(), "git": manifest.git_state()}
-    facts |= {"backend": jax.default_backend(), "devices of a process": jax.local_device_count()}
+    facts = {"stage": name, **to_dict(config), **manifest.machine(), "sha256": data}
+    facts |= {"given": python, "devices of a process": jax.local_device_count()}
+    for key in ("model", "output_dir", "processes", "cpu", "threads"):  # hosts may have others
+        del facts[key]
     first, *others = processes.gather(lambda: facts)
-    for number, other in enumerate(others, start=1):
-        differ = [
-            f"{key} is {value} in process 0 and {of_other} in process {number}"
-            for key, (value, of_other) in manifest.unequal(first, other).items()
-        ]
-        if differ:
-            raise UserError(
-                f"processes of one run differ: {'; '.join(differ)}. Start all of them with the "
-                "same command, files and versions"
-            )
+    differ = [
+        f"{key} is {value} in process 0 and {of_other} in process {number}"
+        for number, other in enumerate(others, start=1)
+        for key, (value, of_other) in manifest.unequal(first, other).items()
+    ]
+    if differ:
+        raise UserError(f"processes of one run differ; start all alike: {'; '.join(differ[:20])}")
 
 
-def _describe(run: OpenRun, data: Mapping[str, str], python: Row) -> None:
+def _see(run: folder.Run, written: str) -> None:
+    """Raises UserError unless this process sees the manifest that the first one has written."""
+    end = time.monotonic() + SEEN_SECONDS
+    while not run.manifest.is_file() or manifest.fingerprint(run.manifest) != written:
+        if time.monotonic() > end:
+            raise UserError(f"{run.path}: all need to see the run folder of the first process")
+        time.sleep(0.1)
+
+
+def _describe(run: OpenRun, data: Mapping[str, str], python: reading.Row) -> str:
     """Writes the run's settings, files and given objects, or compares them with those of the run to
-    resume.
+    resume. Returns the manifest's fingerprint.
     """
     config = run.config
     text = _settings_text(config)
@@ -301,6 +302,7 @@ def _describe(run: OpenRun, data: Mapping[str, str], python: Row) -> None:
     if changed or not run.folder.resumed:
         writing.write_atomically(run.folder.config, text)
     keeping.keep_start(run.folder)
+    return manifest.fingerprint(run.folder.manifest)
 
 
 def _settings_text(config: RunConfig) -> str:

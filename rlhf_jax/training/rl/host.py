@@ -2,6 +2,7 @@
 responses.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from rlhf_jax import iteration
 from rlhf_jax.data import batches
 from rlhf_jax.errors import TrainingFault, logger
 from rlhf_jax.graders import spec
-from rlhf_jax.rewards.host import Unscored, joined, row_scores, with_scores
+from rlhf_jax.rewards.host import Unscored, row_scores, with_scores
 from rlhf_jax.runs import processes
 from rlhf_jax.training.common.layout import Layout
 from rlhf_jax.training.rl.inputs import Guarded
@@ -32,8 +33,8 @@ def score_on_host(
     batch: Batch,
     told: set[str],
 ) -> Scored:
-    """Each process scores its own rows. Every process filters all rows, so that all agree which
-    rows are missing.
+    """Each process scores its own rows. All filter all rows in the same way, so that they agree
+    which rows are missing.
 
     Args:
         told: reasons that were printed; gets those that are new.
@@ -47,21 +48,21 @@ def score_on_host(
     own_columns = batches.columns_at(batch.prompts, processes.own_rows(batch.rows))
     try:
         own = processes.agree(lambda: row_scores(host_reward, own_rollout, own_columns))
-        said = joined(processes.gather_objects(own))
+        # Each as often as it had no score.
+        own_parts = [part for x in own.scores if isinstance(x, Unscored) for part in x.parts]
+        said = processes.gather(lambda: (own.reasons(), own_parts, [*own.dense.items()]))
+        reasons, parts, kinds = ([*itertools.chain(*of)] for of in zip(*said, strict=True))
+        # All have the components of all; what is at tokens in one process is so in all.
+        own = own._replace(dense=dict(sorted(kinds, key=lambda kind: kind[1])))
         after: Any
-        after, components = with_scores(before, said)
+        after, components = processes.gather_rows(with_scores(own_rollout, own))
         unscored = np.sum(before.present) - np.sum(after.present)
-        reasons = said.reasons()
-        # Each part as often as it had no score.
-        parts = [part for x in said.scores if isinstance(x, Unscored) for part in x.parts]
         say_reasons(reasons, told)
         guard_metrics: Metrics = {}
         verdicts = None
         if guard is not None:
             columns = batches.columns_at(batch.prompts, batch.rows)
-            # A classifier, which every process calls, may give others another answer.
-            filtered = processes.agree(lambda: guard(before, scored=after, columns=columns))
-            after, guard_metrics, verdicts = processes.gather_objects(filtered)[0]
+            after, guard_metrics, verdicts = guard(before, scored=after, columns=columns)
     except FloatingPointError as error:
         raise TrainingFault(str(error)) from error
     scores, components = jax.tree.map(jnp.asarray, (after.scores, components))
