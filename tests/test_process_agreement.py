@@ -22,7 +22,7 @@ from rlhf_jax import Rollout
 from rlhf_jax.config import RLStage, RunConfig, Safety, Tokenizer
 from rlhf_jax.data.encoding import EncodedPrompts
 from rlhf_jax.data.rows import Row
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.graders import filter as filters
 from rlhf_jax.graders import spec
 from rlhf_jax.rewards import Unscored
@@ -304,6 +304,23 @@ def test_each_process_reads_its_models_once(count, config, monkeypatch):
     with pytest.raises(UserError, match="holds files"):
         threads.run(work)
     assert len(read) == count
+
+
+def test_a_report_of_a_lost_process_never_comes(monkeypatch):
+    """Before a run has its folder too: a sentence, not a traceback."""
+
+    def gone(key, value_or_time):
+        raise jax.errors.JaxRuntimeError("UNAVAILABLE: Socket closed")
+
+    def given(key, value):
+        pass
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for of_set in (given, gone):
+        store = SimpleNamespace(key_value_set=of_set, blocking_key_value_get=gone)
+        monkeypatch.setattr(processes, "_store", lambda store=store: store)
+        with pytest.raises(TrainingFault, match="another process has gone"):
+            processes.gather(lambda: 1)
 
 
 # --- The run folder
