@@ -154,6 +154,20 @@ def test_parts_that_one_process_has_are_counted_over_their_rows(monkeypatch):
         assert rows == [[0, 1, 0, 0, 0], [0, 0, 2, 0, 0], [0, 1, 1, 1, 0], [0, 0, 0, 0, 4]]
 
 
+def test_an_error_of_a_reward_in_one_process_ends_all(monkeypatch):
+    threads = Threads(2, monkeypatch)
+
+    def reward(rollout, columns):
+        return ["good"] * len(rollout.tokens) if threads.own.number else [1.0] * 2, {}
+
+    def work():
+        with pytest.raises(UserError, match="expected a number or None") as caught:
+            scored(reward)
+        return str(caught.value)
+
+    assert len({*threads.run(work)}) == 1
+
+
 def test_the_classifier_of_the_first_process_counts(monkeypatch):
     """It may answer each process differently; all must drop the same rows."""
     threads = Threads(2, monkeypatch)
