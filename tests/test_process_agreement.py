@@ -26,7 +26,7 @@ from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.graders import filter as filters
 from rlhf_jax.graders import spec
 from rlhf_jax.rewards import Unscored
-from rlhf_jax.runs import folder, manifest, processes
+from rlhf_jax.runs import devices, folder, manifest, processes
 from rlhf_jax.training.common import opening
 from rlhf_jax.training.rl.host import score_on_host
 from rlhf_jax.training.rl.schedule import Batch
@@ -275,7 +275,7 @@ def test_what_else_the_processes_of_a_run_compare(config, tmp_path, monkeypatch)
     revision = facts_of(config)
     monkeypatch.undo()
     monkeypatch.setattr(jax, "local_device_count", lambda: 3)
-    devices = facts_of(config)
+    more_devices = facts_of(config)
     monkeypatch.undo()
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
     flags = facts_of(config)
@@ -288,14 +288,17 @@ def test_what_else_the_processes_of_a_run_compare(config, tmp_path, monkeypatch)
         "versions.jax": same | {"versions": same["versions"] | {"jax": "0.1"}},
         "git": revision,
         "xla_flags": flags,
-        "devices of a process": devices,
+        "devices of a process": more_devices,
     }.items():
         with pytest.raises(UserError, match=f"{word}.* in process 0 and .* in process 1"):
             compared(config, [other], monkeypatch)
 
 
-def test_processes_may_see_a_run_at_other_places(config, monkeypatch):
-    other = facts_of(replace(config, output_dir="elsewhere", processes="h:1,2,1"))
+def test_processes_may_see_a_run_at_other_places_and_have_other_cpus(config, monkeypatch):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devices, "cpu", lambda: "another")
+        patch.setattr(devices, "num_threads", lambda: 99)
+        other = facts_of(replace(config, output_dir="elsewhere", processes="h:1,2,1"))
     with pytest.raises(pytest.fail.Exception, match="took the folder"):  # they agree
         compared(config, [other], monkeypatch)
 
