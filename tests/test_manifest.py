@@ -74,6 +74,10 @@ def test_a_run_resumed_elsewhere_says_so(tmp_path, monkeypatch, capsys):
     )
     assert outputs[1].startswith(said)
     assert outputs[3].startswith("--resume: devices.count was 1 and is now 4.")
+    other = {"commit": "c0ffee", "modified": True}
+    monkeypatch.setattr("rlhf_jax.runs.manifest._git_state", lambda: other)
+    resumed(tmp_path)
+    assert capsys.readouterr().out == ""  # its bits may be the same
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "9")
     resumed(tmp_path)
     assert f"versions.jax was '{jax.__version__}' and is now '9'" in capsys.readouterr().out
