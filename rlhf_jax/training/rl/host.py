@@ -65,6 +65,8 @@ def score_on_host(
             after, guard_metrics, verdicts = guard(before, scored=after, columns=columns)
     except FloatingPointError as error:
         raise TrainingFault(str(error)) from error
+    if not np.array_equal(after.row_ids, before.row_ids):
+        raise TrainingFault("the scores of the processes are not in the order of their rows")
     scores, components = jax.tree.map(jnp.asarray, (after.scores, components))
     has_score = {
         name: ~jnp.any(jnp.isnan(values).reshape(len(values), -1), axis=1)
