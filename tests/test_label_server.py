@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import gc
 import json
 import os
 import re
@@ -12,12 +13,12 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import httpx
 import pytest
-import uvicorn
 from builders import json_lines
-from starlette.responses import StreamingResponse
+from starlette.responses import PlainTextResponse, StreamingResponse
 
 from rlhf_jax import cli
 from rlhf_jax.errors import UserError
@@ -245,6 +246,7 @@ def test_a_body_that_does_not_end_is_given_up(site, monkeypatch):
         sent.append(message)
 
     headers = [(b"host", b"localhost"), (b"origin", b"http://localhost")]
+    headers.append((b"content-type", b"application/json"))
     scope = {"type": "http", "method": "POST", "path": f"{ANA}/undo", "headers": headers}
     asyncio.run(asked.app(scope, receive, send))
     assert sent[0]["status"] == 408
@@ -281,11 +283,14 @@ def test_what_is_no_address_is_refused(site, path, headers, status):
 @contextlib.asynccontextmanager
 async def listening(app):
     """``open(bytes)``: the reader and the writer of a connection on which they were sent."""
-    how = uvicorn.Config(app, log_level="critical", lifespan="off", ws="none")
-    how.load()
-    state = uvicorn.server.ServerState()
-    loop = asyncio.get_running_loop()
-    listener = await loop.create_server(lambda: web.Connection(how, state, {}), "127.0.0.1", 0)
+    server, listens, _ = web.listen(app, "127.0.0.1", 0)
+    server.config.load()
+    state = server.server_state
+
+    def connection():
+        return web.Connection(server.config, state, {})
+
+    listener = await asyncio.get_running_loop().create_server(connection, sock=listens)
     writers = []
 
     async def open_(sent):
@@ -313,6 +318,7 @@ async def until_closed(reader):
 
 
 GET = f"GET {ANA} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+LAST = GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
 
 
 def test_a_request_that_does_not_come_is_given_up(site, monkeypatch):
@@ -358,7 +364,7 @@ def test_connections_that_say_nothing_keep_nobody_out(site, monkeypatch):
             slow, writer = await open_(head.encode())
             await asyncio.sleep(0.05)
             silent = [(await open_(b"GET /x HT"))[0] for _ in range(20)]
-            ours, _ = await open_(GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+            ours, _ = await open_(LAST)
             said = await until_closed(ours)
             closed = [reader.at_eof() or reader.exception() is not None for reader in silent]
             writer.write(b'{"id": 1}')
@@ -401,6 +407,68 @@ def test_connections_that_have_asked_are_closed_last(site, monkeypatch):
     assert oldest == [True] * 3 + [False] * 7
 
 
+def test_connections_that_are_answered_stay(monkeypatch, caplog):
+    monkeypatch.setattr(web, "MOST_OPEN", 3)
+
+    async def talk():
+        go = asyncio.Event()
+
+        async def app(scope, receive, send):
+            await go.wait()
+            await PlainTextResponse("a")(scope, receive, send)
+
+        async with listening(app) as open_:
+            asked = []
+            for _ in range(5):
+                asked.append((await open_(LAST))[0])
+                await asyncio.sleep(0.05)
+            go.set()
+            return [await until_closed(reader) for reader in asked]
+
+    assert all(said.startswith(b"HTTP/1.1 200 OK") for said in asyncio.run(talk()))
+    assert caplog.records == []
+
+
+def test_who_asks_in_time_stays(monkeypatch):
+    """After an answer that took longer than a client may, and again and again."""
+    monkeypatch.setattr(web, "MAX_WAIT", 0.2)
+
+    async def app(scope, receive, send):
+        await asyncio.sleep(0.5 if scope["path"] == "/slow" else 0)
+        await PlainTextResponse("a")(scope, receive, send)
+
+    async def talk():
+        async with listening(app) as open_:
+            reader, writer = await open_(GET.replace(ANA.encode(), b"/slow"))
+            for _ in range(8):
+                assert (await reader.readuntil(b"\r\n\r\na")).startswith(b"HTTP/1.1 200 OK")
+                await asyncio.sleep(0.13)
+                writer.write(GET)
+
+    asyncio.run(talk())
+
+
+def test_nothing_is_left_of_who_went_away():
+    """In the middle of an answer."""
+
+    async def app(scope, receive, send):
+        await receive()
+        assert (await receive())["type"] == "http.disconnect"
+
+    async def talk():
+        async with listening(app) as open_:
+            _, writer = await open_(GET)
+            await asyncio.sleep(0.05)
+            (left,) = map(weakref.ref, open_.connections)
+            writer.close()
+            async with asyncio.timeout(5):
+                while left():
+                    await asyncio.sleep(0.02)
+                    gc.collect()
+
+    asyncio.run(talk())
+
+
 @contextlib.asynccontextmanager
 async def reading_little(address, asked, receives=4096):
     """A socket that has asked and takes nothing until it is told to."""
@@ -416,20 +484,26 @@ async def reading_little(address, asked, receives=4096):
 @pytest.mark.parametrize("num", [1, 100])
 @pytest.mark.parametrize("asks_more", [False, True])
 @pytest.mark.parametrize(
-    ("asked", "size"),
+    ("asked", "size", "fails"),
     [
-        (GET * 300, 40_000),  # the first replies are complete
-        (GET, 4_000_000),
-        (GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"), 4_000_000),
+        (GET * 300, 40_000, False),  # the first replies are complete
+        (GET, 4_000_000, False),
+        (GET, 4_000_000, True),
+        (GET, 200_000, True),  # less waits than what pauses the writing
+        (LAST, 4_000_000, False),
     ],
 )
-def test_a_reply_that_nobody_reads_is_given_up(monkeypatch, asked, size, asks_more, num):
+def test_a_reply_that_nobody_reads_is_given_up(monkeypatch, asked, size, fails, asks_more, num):
     monkeypatch.setattr(web, "MAX_UNREAD", 0.2)
     monkeypatch.setattr(web, "MAX_WAIT", 0.1)
 
     async def app(scope, receive, send):
-        pieces = iter([b"a" * (size // num)] * num)
-        await StreamingResponse(pieces)(scope, receive, send)
+        async def pieces():
+            for _ in range(num):
+                yield b"a" * (size // num)
+            assert not fails
+
+        await StreamingResponse(pieces())(scope, receive, send)
 
     async def talk():
         async with listening(app) as open_, reading_little(open_.address, asked) as wire:

@@ -376,7 +376,7 @@ def test_unknown_models_and_addresses(site):
     ):
         refused(site.client.get(path), 404)
     refused(site.client.get(CHAT), 405)
-    refused(site.client.post("/v1/models"), 405)
+    refused(site.post("/v1/models", {}), 405)
     assert site.is_well()
 
 

@@ -6,12 +6,12 @@ import asyncio
 import itertools
 
 import pytest
-from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 
 from rlhf_jax.inference import web
 
 HOST = (b"host", b"localhost:8000")
+JSON = b"application/json"
 OURS = (b"origin", b"http://localhost:8000")
 NO_HOSTS = (
     *(b"", b"[", b"[]", b"[127.0.0.1]", b"[localhost]", b"::1", b"[::1", b"[::1]x", b"[::1%lo]"),
@@ -22,7 +22,7 @@ NO_HOSTS = (
 THEIRS = (b"origin", b"http://evil.example")
 
 
-def asked(*headers, path="/", method="POST", events=(), heard=None, **settings):
+def asked(*headers, path="/", method="POST", events=(), heard=None, kind=JSON, **settings):
     """The reply's status and body to a request whose application reads two events."""
     given = itertools.chain(events, [{"type": "http.disconnect"}])
     sent = []
@@ -39,6 +39,7 @@ def asked(*headers, path="/", method="POST", events=(), heard=None, **settings):
         sent.append(message)
 
     guard = web.Guard(application, **{"names": (), "max_body": 4} | settings)
+    headers = (*headers, (b"content-type", kind))
     scope = {"type": "http", "method": method, "path": path, "headers": headers}
     scope["query_string"] = b""
     asyncio.run(guard(scope, receive, send))
@@ -124,16 +125,18 @@ def test_a_refusal_of_ones_own():
 
 
 @pytest.mark.parametrize(
-    ("kind", "is_json"),
+    ("kind", "status"),
     [
-        ("application/json", True),
-        ("Application/JSON", True),
-        ("APPLICATION/json ; charset=utf-8", True),
-        ("application/json2", False),
-        ("text/plain", False),
-        ("", False),
+        (JSON, 200),
+        (b"Application/JSON", 200),
+        (b"APPLICATION/json ; charset=utf-8", 200),
+        (b"application/json2", 415),
+        (b"application/jsonl", 415),
+        (b"text/plain; application/json", 415),
+        (b"text/plain", 415),
+        (b"", 415),
     ],
 )
-def test_a_media_type_has_no_case(kind, is_json):
-    request = Request({"type": "http", "headers": [(b"content-type", kind.encode())]})
-    assert web.is_json(request) == is_json
+def test_a_body_is_json_whose_media_type_has_no_case(kind, status):
+    assert asked(HOST, OURS, kind=kind, events=body(b"{}"))[0] == status
+    assert asked(HOST, kind=kind, method="GET")[0] == 200

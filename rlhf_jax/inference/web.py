@@ -20,12 +20,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from rlhf_jax.errors import UserError, logger
 
 MAX_WAIT = 10.0  # seconds for the lines before a body, and for a body
-MAX_UNREAD = 30.0  # seconds in which the reader of a reply takes none of it
+MAX_UNREAD = 20.0  # seconds in which the reader of a reply takes none of it
 MOST_OPEN = 900
-"""Connections; beyond it one that waits for its client is closed: first those that have never
-asked, and of these the oldest."""
-_MOST_ANSWERED = 1000  # more connections than that, and requests get 503
-_UNREAD_BYTES = 1 << 16  # of a reply, in the kernel
+"""Connections; beyond it one that waits for its client is closed, first one that has never asked,
+and of these the oldest."""
 _HOST = re.compile(r"(?:\[([0-9a-f.]*:[0-9a-f:.]*)\]|([\w.-]+))(?::\d+)?", re.ASCII)
 _OPEN_TO_ALL = ("0.0.0.0", "::")
 HEADERS = {
@@ -40,12 +38,6 @@ HEADERS = {
     "x-robots-tag": "noindex",
     "cache-control": "no-store",
 }
-
-
-def is_json(request: Request) -> bool:
-    """Whether a request says that its body is JSON."""
-    kind = request.headers.get("content-type", "").partition(";")[0]
-    return kind.strip().lower() == "application/json"
 
 
 class Guard:
@@ -132,6 +124,9 @@ class Guard:
                 return 403, "from another page"
         if not request.scope["path"].startswith("/"):
             return 400, "a path begins with /"
+        kind = request.headers.get("content-type", "").partition(";")[0]
+        if request.method == "POST" and kind.strip().lower() != "application/json":
+            return 415, "the body must be application/json"
         return self._limit(request)
 
     def _is_ours(self, host: str) -> bool:
@@ -157,67 +152,39 @@ class Guard:
 
 class Connection(H11Protocol):
     """uvicorn's protocol, which would wait for the rest of a request, and for the reader of a
-    reply, without end. Here the lines before a body have ``MAX_WAIT`` seconds, from the connection
-    or the reply before, and a reader takes something in each ``MAX_UNREAD`` seconds.
+    reply, without end. Here it is closed if a client that has to do something does nothing between
+    two looks: no whole lines before a body in ``MAX_WAIT`` seconds, or no byte of a reply taken in
+    ``MAX_UNREAD``, and at most twice as long.
     """
 
-    _limit: asyncio.TimerHandle | None = None  # set while the client has to do something
-    _unread = 0  # bytes of replies when it was set
+    _next_look: asyncio.TimerHandle
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._wait()
-        others: set[Any] = self.connections
-        waiting = [one for one in others if one._limit and one is not self]
-        if waiting and len(others) > MOST_OPEN:
-            min(waiting, key=lambda one: (one.cycle is not None, one._limit.when()))._give_up()
-
-    def handle_events(self) -> None:
-        super().handle_events()
-        self._answers()
-
-    def on_response_complete(self) -> None:
-        self._wait()
-        super().on_response_complete()
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._wait()
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        self._answers()
+        self._look()
+        others: set[Any] = self.connections - {self}
+        waiting = [one for one in others if one._is_waiting()]
+        if waiting and len(others) >= MOST_OPEN:
+            first = min(waiting, key=lambda one: (one.cycle is not None, one._next_look.when()))
+            first.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._end_wait()
+        self._next_look.cancel()
         super().connection_lost(exc)
 
-    def _answers(self) -> None:
-        """Ends the wait if it is the server's turn."""
-        is_answering = self.cycle is not None and not self.cycle.response_complete
-        if is_answering and not self.flow.write_paused:
-            self._end_wait()
+    def _is_waiting(self) -> bool:
+        """Whether the client has to do something."""
+        is_unread = self.transport.get_write_buffer_size() > 0
+        return is_unread or self.cycle is None or self.cycle.response_complete
 
-    def _wait(self) -> None:
-        self._end_wait()
-        self._unread = self.transport.get_write_buffer_size()
-        seconds = MAX_UNREAD if self._unread else MAX_WAIT
-        self._limit = self.loop.call_later(seconds, self._end_of_wait)
-
-    def _end_of_wait(self) -> None:
-        if self.transport.get_write_buffer_size() < self._unread:
-            self._wait()
+    def _look(self, before: object = None) -> None:
+        unread = self.transport.get_write_buffer_size()
+        now = self.cycle, self._is_waiting(), unread
+        if self._is_waiting() and now == before:
+            self.transport.abort()
         else:
-            self._give_up()
-
-    def _end_wait(self) -> None:
-        if self._limit is not None:
-            self._limit.cancel()
-            self._limit = None
-
-    def _give_up(self) -> None:
-        self._end_wait()
-        self.transport.abort()
+            seconds = MAX_UNREAD if unread else MAX_WAIT
+            self._next_look = self.loop.call_later(seconds, self._look, now)
 
 
 def listen(app: Any, host: str, port: int) -> tuple[uvicorn.Server, Any, str]:
@@ -238,14 +205,14 @@ def listen(app: Any, host: str, port: int) -> tuple[uvicorn.Server, Any, str]:
             proxy_headers=False,
             http=Connection,
             ws="none",
-            limit_concurrency=_MOST_ANSWERED,
+            limit_concurrency=1000,  # more connections, and requests get 503
             timeout_graceful_shutdown=5,
         )
     )
     try:
         listening = web.config.bind_socket()
         # A large buffer would hide for long whether a reader takes anything.
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNREAD_BYTES)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
         listening.listen(2048)  # a browser that is faster than the start waits
     except SystemExit:
         raise UserError(f"--port: {host}:{port} cannot be used; choose another") from None

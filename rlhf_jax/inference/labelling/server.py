@@ -24,7 +24,7 @@ from starlette.types import ASGIApp
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.inference.labelling import markup
 from rlhf_jax.inference.labelling.store import Store
-from rlhf_jax.inference.web import Guard, is_json
+from rlhf_jax.inference.web import Guard
 
 MAX_BODY = 16_384
 RATE = 10.0
@@ -107,8 +107,6 @@ async def _not_kept(_: Request, error: Exception) -> Response:
 
 async def _read(request: Request, form: type[_Undo]) -> _Undo:
     """The body of a request, which must be JSON of this form."""
-    if not is_json(request):
-        raise HTTPException(415)
     try:
         return msgspec.convert(json.loads(await request.body()), form)
     except (ValueError, RecursionError):  # msgspec.ValidationError is a ValueError

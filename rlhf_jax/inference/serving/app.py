@@ -84,8 +84,6 @@ def build(served: Served, lifespan: Any = None) -> ASGIApp:
         """An endpoint of a body of this form."""
 
         async def respond(request: Request) -> Response:
-            if not web.is_json(request):
-                return error(415, "the body must be application/json")
             try:
                 given = protocol.read(await request.body(), form)
                 async with asyncio.timeout(served.seconds):
@@ -168,10 +166,8 @@ def _models(served: Served) -> dict[str, Any]:
 
 def _model(served: Served, request: Request) -> Response:
     name = request.path_params["name"]
-    for model in _models(served)["data"]:
-        if model["id"] == name:
-            return JSONResponse(model)
-    return error(404, f"there is no model {name!r} here", "model_not_found")
+    unknown = error(404, f"there is no model {name!r} here", "model_not_found")
+    return next((JSONResponse(x) for x in _models(served)["data"] if x["id"] == name), unknown)
 
 
 def _named(models: Mapping[str, Any], name: str | None, kind: str) -> tuple[str, Any]:

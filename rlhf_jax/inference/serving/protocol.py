@@ -4,7 +4,7 @@ A key that would change the answer and is not read is refused; so is a key that 
 that is null is not given.
 """
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -18,10 +18,7 @@ _Ids = Annotated[list[_Id], Meta(min_length=1)]
 _Word = Annotated[int, Meta(ge=0, lt=1 << 32)]
 _Share = Annotated[float, Meta(ge=0, le=1)]
 _Stop = Annotated[str, Meta(min_length=1, max_length=1000)]
-
-
 _Zero = Annotated[float, Meta(ge=0, le=0)]
-_Form = TypeVar("_Form")
 
 
 class Refused(Exception):
@@ -33,12 +30,10 @@ class Refused(Exception):
         self.code = code
 
 
-def read(body: bytes, form: type[_Form]) -> _Form:
+def read(body: bytes, form: type[Any]) -> Any:
     """The body of a request."""
-    given = msgspec.json.decode(body)
-    if isinstance(given, dict):
-        given = {key: value for key, value in given.items() if value is not None}
-    return msgspec.convert(given, form)
+    given = msgspec.json.decode(body, type=dict[str, Any])
+    return msgspec.convert({key: x for key, x in given.items() if x is not None}, form)
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):

@@ -50,24 +50,19 @@ def run(folders: Sequence[str], config: Config) -> None:
         logger.info(f"page: {page if is_known else with_token}")
         with contextlib.ExitStack() as stack:
             if config.page:
-                shown = page if with_token == page else stack.enter_context(_leading(with_token))
-                webbrowser.open(shown)
+                is_open = served.token is None
+                webbrowser.open(page if is_open else stack.enter_context(_leading(with_token)))
             web.run(server, listening)
 
 
 @contextlib.contextmanager
 def _leading(address: str) -> Iterator[str]:
-    """The address of a page that leads on and that only the owner reads: everybody may read the
-    command line of a browser.
-    """
-    with tempfile.TemporaryDirectory(prefix="rlhf_jax_") as folder:  # of mode 700
-        file = Path(folder, "page.html")
-        file.touch(0o600)
-        to = f"0;url={html.escape(address)}"
-        file.write_text(
-            f'<meta charset="utf-8"><meta http-equiv="refresh" content="{to}">', "utf-8"
-        )
-        yield file.as_uri()
+    """A page that leads on and that only the owner reads: everybody reads a command line."""
+    to = html.escape(f"0;url={address}")
+    with tempfile.NamedTemporaryFile(suffix=".html") as file:  # of mode 600
+        file.write(f'<meta charset="utf-8"><meta http-equiv="refresh" content="{to}">'.encode())
+        file.flush()
+        yield Path(file.name).as_uri()
 
 
 @contextlib.contextmanager

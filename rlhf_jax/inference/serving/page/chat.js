@@ -32,6 +32,11 @@ function grow(change) {
 
 async function request(path, body, signal) {
   const headers = { "Content-Type": "application/json" };
+  const [, given] = location.hash.split("#token=");
+  if (given) {
+    sessionStorage.setItem("token", given);
+    history.replaceState(null, "", location.pathname); // browsers keep addresses
+  }
   const token = sessionStorage.getItem("token");
   if (token) headers.Authorization = `Bearer ${token}`;
   const how = body && { method: "POST", body: JSON.stringify(body) };
@@ -54,16 +59,7 @@ async function* events(response) {
   }
 }
 
-// Takes the token out of the address, which the browser would keep in its history.
-function takeToken() {
-  const [, token] = location.hash.split("#token=");
-  if (!token) return;
-  sessionStorage.setItem("token", token);
-  history.replaceState(null, "", location.pathname);
-}
-
 async function load() {
-  takeToken();
   at("alert").textContent = "";
   try {
     served = await (await request("v1/models")).json();
