@@ -407,6 +407,20 @@ def test_connections_that_have_asked_are_closed_last(site, monkeypatch):
     assert oldest == [True] * 3 + [False] * 7
 
 
+def test_of_connections_that_come_at_once_all_that_are_too_many_are_closed(monkeypatch):
+    monkeypatch.setattr(web, "MOST_OPEN", 5)
+
+    async def talk():
+        async with listening(None) as open_:
+            with contextlib.ExitStack() as stack:
+                for _ in range(20):  # before the server sees the first
+                    stack.enter_context(socket.create_connection(open_.address))
+                await asyncio.sleep(0.1)
+                assert len(open_.connections) == 5
+
+    asyncio.run(talk())
+
+
 def test_connections_that_are_answered_stay(monkeypatch, caplog):
     monkeypatch.setattr(web, "MOST_OPEN", 3)
 

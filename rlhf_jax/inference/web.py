@@ -167,6 +167,7 @@ class Connection(H11Protocol):
         if waiting and len(others) >= MOST_OPEN:
             first = min(waiting, key=lambda one: (one.cycle is not None, one._next_look.when()))
             first.transport.abort()
+            self.connections.discard(first)  # now: further ones may come before it is lost
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._next_look.cancel()
