@@ -462,6 +462,13 @@ def test_who_asks_in_time_stays(monkeypatch):
     asyncio.run(talk())
 
 
+def test_clients_end_an_idle_connection_before_the_server_does():
+    """Else a request may come while it is being closed."""
+    server, listens, _ = web.listen(None, "127.0.0.1", 0)
+    listens.close()
+    assert min(server.config.timeout_keep_alive, web.MAX_WAIT) > httpx.Limits().keepalive_expiry
+
+
 def test_nothing_is_left_of_who_went_away():
     """In the middle of an answer."""
 

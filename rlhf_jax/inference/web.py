@@ -206,6 +206,7 @@ def listen(app: Any, host: str, port: int) -> tuple[uvicorn.Server, Any, str]:
             proxy_headers=False,
             http=Connection,
             ws="none",
+            timeout_keep_alive=10,  # longer than clients keep a connection that they may use again
             limit_concurrency=1000,  # more connections, and requests get 503
             timeout_graceful_shutdown=5,
         )
