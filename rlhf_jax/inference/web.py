@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import ipaddress
 import re
-import socket
 from collections.abc import Callable
+from socket import SO_SNDBUF, SOL_SOCKET
 from typing import Any
 
 import uvicorn
@@ -214,7 +214,7 @@ def listen(app: Any, host: str, port: int) -> tuple[uvicorn.Server, Any, str]:
     try:
         listening = web.config.bind_socket()
         # A large buffer would hide for long whether a reader takes anything.
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+        listening.setsockopt(SOL_SOCKET, SO_SNDBUF, 1 << 16)
         listening.listen(2048)  # a browser that is faster than the start waits
     except SystemExit:
         raise UserError(f"--port: {host}:{port} cannot be used; choose another") from None
