@@ -5,9 +5,9 @@ TensorBoard.
     services.send("log", 10, {"objective/score": 1.5})
     services.send("close")
 
-Each service is called in a thread of its own, so that no step waits for a network. Its first error
-is a warning; if it hangs, it is left after a bounded wait. The run goes on, and its folder has all
-its records.
+Each package sends in its own process or thread, so that no step waits for a network. An error of a
+service becomes a warning, once for each service, and one that hangs is left after a bounded wait:
+the run continues, and its folder has all its records.
 """
 
 import importlib
@@ -16,13 +16,10 @@ import inspect
 import json
 import logging
 import os
-import queue
 import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -34,11 +31,8 @@ from rlhf_jax.runs.writing import write_atomically
 Numbers = Mapping[str, float]
 Cells = list[list[Any]]
 _PACKAGES = {"wandb": "wandb", "trackio": "trackio", "tensorboard": "tensorboardX"}
-_MOST_CALLS = 256  # that wait for a service
-# Seconds that a run waits for a service: to open, for room among its calls, to end. Longer than W&B
-# waits for its server, see _Client.
-_PATIENCE = 75.0
-_LACKS = "what it lacks is in the run's folder; further errors of it are not shown"
+_PATIENCE = 75.0  # seconds that a call may take; longer than W&B waits for its server, see _Client
+_NO_ANSWER = TimeoutError("it does not answer")
 
 
 class _Place(TypedDict, total=False):
@@ -122,63 +116,14 @@ class _TensorBoard:
 Service = _Client | _TensorBoard
 
 
-class _Caller(threading.Thread):
-    """Opens a service and makes its calls, in their order. A daemon: a service that hangs does not
-    keep the process alive.
-    """
-
-    def __init__(self, service: str, opens: Callable[[], Service]):
-        super().__init__(name=f"--track {service}", daemon=True)
-        self._opens = opens
-        self._calls = queue.Queue[tuple[Any, ...]](_MOST_CALLS)
-        self._patience = _PATIENCE
-        self._warned = False
-        self.opened = Future[None]()
-        self.start()
-
-    def run(self) -> None:
-        """The thread. It catches the SystemExit of a service too; Ctrl-C is the main thread's."""
-        try:
-            service = self._opens()
-        except BaseException as error:
-            self.opened.set_exception(error)
-            return
-        self.opened.set_result(None)
-        what = ""
-        while what != "close":
-            what, *values = self._calls.get()
-            try:
-                getattr(service, what)(*values)
-            except BaseException as error:  # whatever it is: the training is worth more
-                self.warn(error, _LACKS)
-
-    def call(self, what: str, *values: Any) -> None:
-        """Has a method called later; ``close`` waits for all calls."""
-        try:
-            self._calls.put((what, *values), timeout=self._patience)
-            if what == "close":
-                self.join(self._patience)
-                if self.is_alive():
-                    raise queue.Full
-        except queue.Full:
-            self._patience = 0
-            self.warn(TimeoutError("it does not answer"), _LACKS)
-
-    def warn(self, error: BaseException, outcome: str) -> None:
-        """The first time only."""
-        if not self._warned:
-            reason = f"{type(error).__name__}: {error}".removesuffix(": ")
-            logger.info(f"{self.name}: {reason}; {outcome}")
-        self._warned = True
-
-
 class Services:
     """Sends to some services. The first error of each is a warning, the next ones are silent."""
 
-    def __init__(self, services: Mapping[str, _Caller], sent: Mapping[str, int]):
+    def __init__(self, services: Mapping[str, Service], sent: Mapping[str, int]):
         """sent: {service: the last step that it has already}; it gets no row up to this step."""
-        self._services = services
+        self._services = dict(services)
         self._sent = sent
+        self._warned: set[str] = set()
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Sends rows of ``samples.jsonl`` as a table: numbers, and texts for everything else."""
@@ -192,10 +137,16 @@ class Services:
         """Sends a row of metrics, a table of samples or an alert, whose step comes first. Or waits
         until everything has arrived, within a bound, and closes.
         """
-        for name, service in self._services.items():
+        for name, service in list(self._services.items()):
             if values and values[0] <= self._sent[name]:
                 continue
-            service.call(what, *values)
+            _, error = _ask(getattr(service, what), *values)
+            if error and name not in self._warned:
+                lacks = "what it lacks is in the run's folder; further errors of it are not shown"
+                _warn(name, error, lacks)
+                self._warned.add(name)
+            if error is _NO_ANSWER:
+                del self._services[name]
 
 
 def _cell(value: Any) -> Any:
@@ -250,18 +201,17 @@ def start(
         if path.is_file():
             place |= read_json(path, _Place)
     known = place["services"]
-    services: dict[str, _Caller] = {}
+    services: dict[str, Service] = {}
     sent = dict.fromkeys(names, -1)
     for name in names:
-        opens: Callable[[], Service] = partial(_TensorBoard, run.path / name, config, resume_step)
-        if name != "tensorboard":
-            opens = partial(_Client, name, place, config, resumed=name in known)
-        caller = _Caller(name, opens)
-        try:
-            caller.opened.result(_PATIENCE)
-            services[name] = caller
-        except (Exception, SystemExit) as error:
-            caller.warn(error, "the run goes on without it")
+        if name == "tensorboard":
+            service, error = _ask(_TensorBoard, run.path / name, config, resume_step)
+        else:
+            service, error = _ask(_Client, name, place, config, name in known)
+        if error:
+            _warn(name, error, "the run goes on without it")
+        else:
+            services[name] = service
         if name in known and rows:
             # TensorBoard forgets the steps after the checkpoint, the others do not.
             last = resume_step or 0 if name == "tensorboard" else rows[-1]["step"]
@@ -275,3 +225,29 @@ def start(
         if step <= (resume_step or 0):
             opened.send("log", step, row)
     return opened
+
+
+def _ask(call: Callable[..., Any], *values: Any) -> tuple[Any, BaseException | None]:
+    """(what a service returns, None), or (None, its error). The thread keeps from the run what the
+    service does there: it may hang or exit. It is a daemon, or the process would wait for it.
+    """
+    answers: list[tuple[Any, BaseException | None]] = []
+
+    def answer() -> None:
+        try:
+            answers.append((call(*values), None))
+        except BaseException as error:  # whatever it is: the training is worth more
+            answers.append((None, error))
+
+    thread = threading.Thread(target=answer, daemon=True)
+    thread.start()
+    thread.join(_PATIENCE)
+    result, error = answers[0] if answers else (None, _NO_ANSWER)
+    if isinstance(error, KeyboardInterrupt):
+        raise error
+    return result, error
+
+
+def _warn(name: str, error: BaseException, outcome: str) -> None:
+    reason = f"{type(error).__name__}: {error}".removesuffix(": ")
+    logger.info(f"--track {name}: {reason}; {outcome}")
