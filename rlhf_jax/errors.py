@@ -145,7 +145,9 @@ def disk_fault(error: OSError) -> str | None:
     """
     if error.errno not in _OF_DISKS:
         return None
-    return f"{error.filename or 'a file'}: {error.strerror}"
+    # Of a copy the second name is that of the new file.
+    name = error.filename2 or error.filename or "stdout or an open file"
+    return f"{name}: {error.strerror}"
 
 
 def check_pattern(name: str, pattern: str) -> None:

@@ -1,8 +1,10 @@
 """``rlhf-jax fork``: the trunk's bits are the run's, and what differs after it is the change."""
 
 import contextlib
+import errno
 import itertools
 import json
+import os
 import re
 import shlex
 import shutil
@@ -219,6 +221,16 @@ def test_what_cannot_be_forked_is_a_sentence_and_leaves_no_folder(run, options, 
     with pytest.raises(UserError, match=message):
         fork(run, output_dir=tmp_path / "fork", **{"at": 4, "trust_config": True} | options)
     assert not (tmp_path / "fork").exists()
+
+
+def test_a_full_disk_is_one_short_sentence_and_leaves_no_half_of_a_copy(run, tmp_path, monkeypatch):
+    def full(source, target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), source, None, target)
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(UserError, match=r"fork: cannot be written: No space left on device$"):
+        fork(run, 4, tmp_path / "fork", trust_config=True)
+    assert list((tmp_path / "fork").iterdir()) == []
 
 
 def test_where_the_run_ends_nothing_is_compared(run, tmp_path, capsys):

@@ -2,10 +2,13 @@
 first command of tests/fifteen_minutes.py, which CI runs.
 """
 
+import errno
 import json
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from fifteen_minutes import CHECKS, check_numbers, check_quickstart
 from rlhf_jax import cli
 from rlhf_jax.cli import quickstart
 from rlhf_jax.config import RLStage, RunConfig
+from rlhf_jax.generation import generator
 from rlhf_jax.report import figures
 from rlhf_jax.training import pipeline
 from rlhf_jax.training.common import setup
@@ -119,6 +123,37 @@ def test_stages_are_announced_and_the_device_once(monkeypatch, capsys):
     assert "x cpu, float32" in device
     names = ("supervised fine-tuning", "reward model", "PPO")
     assert said == [f"stage {i} of 3: {name}" for i, name in enumerate(names, 1)]
+
+
+def test_a_full_disk_leaves_no_half_of_the_model(tmp_path, monkeypatch):
+    model, copied = tmp_path / "ppo" / "model", []
+    model.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (model / name).write_text(name)
+    stage = SimpleNamespace(model_folder=model)
+    stages = SimpleNamespace(sft=stage, reward_model=stage, ppo=stage)
+    monkeypatch.setattr(pipeline, "run_stages", lambda *_: stages)
+    for module, name, result in [
+        (quickstart, "set_up", None),
+        (quickstart.demo, "write", None),
+        (quickstart.formats, "read", mock.Mock()),
+        (quickstart.initial, "load_language_model", generator.LanguageModel(*[mock.Mock()] * 3)),
+        (quickstart, "answer", mock.Mock()),
+        (quickstart, "judge", ({}, [])),
+        (quickstart, "summarize", {}),
+    ]:
+        monkeypatch.setattr(module, name, mock.Mock(return_value=result))
+
+    def full(source, target):
+        copied.append(target.write_text("half"))
+        if len(copied) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(OSError, match="No space left"):
+        quickstart.run(quickstart.QuickstartConfig(output_dir=str(tmp_path / "runs")))
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["summary.json"]
 
 
 def test_the_page_has_the_curves_of_all_stages(tmp_path, monkeypatch):

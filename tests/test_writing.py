@@ -408,3 +408,33 @@ def test_a_lock_that_cannot_be_written_is_not_left(tmp_path, monkeypatch):
     ):
         pytest.fail("it is not locked")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_files_are_copied_to_their_places_and_missing_ones_left_out(tmp_path):
+    source = tmp_path / "run"
+    (source / "a" / "b").mkdir(parents=True)
+    (source / "a" / "b" / "c").write_text("1")
+    (source / "d").write_text("2")
+    writing.copy_files([*source.rglob("*"), source / "e"], source, tmp_path / "copy")
+    copied = {path for path in (tmp_path / "copy").rglob("*") if path.is_file()}
+    assert {str(path.relative_to(tmp_path)): path.read_text() for path in copied} == {
+        "copy/a/b/c": "1",
+        "copy/d": "2",
+    }
+
+
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        ((), "stdout or an open file: No space left on device"),
+        (("old",), "old: No space left on device"),
+        (("old", None, "new"), "new: No space left on device"),
+    ],
+)
+def test_a_full_disk_is_a_sentence_that_names_the_new_file(names, sentence, capsys):
+    def copy():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *names)
+
+    with pytest.raises(SystemExit, match="1"):
+        cli.run_script(copy)
+    assert capsys.readouterr().err == f"error: {sentence}\n"

@@ -11,7 +11,6 @@ with 1 if a check of the result fails, as it must with --shuffle-labels.
 import dataclasses
 import json
 import math
-import shutil
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -35,7 +34,7 @@ from rlhf_jax.evaluation import rubric
 from rlhf_jax.generation import generator
 from rlhf_jax.report import figures, page, records
 from rlhf_jax.report.plots import reward_against_kl
-from rlhf_jax.runs.writing import write_atomically
+from rlhf_jax.runs.writing import copy_files, replacing, write_atomically
 from rlhf_jax.training import pipeline
 from rlhf_jax.training.common import initial
 from rlhf_jax.training.common.opening import stream_key
@@ -111,7 +110,8 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
     )
     summary = summarize(config, sft, ppo, preference, learned_scores, folder)
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    shutil.copytree(stages.ppo.model_folder, folder / "model", dirs_exist_ok=True)
+    with replacing(folder / "model") as new:
+        copy_files(stages.ppo.model_folder.rglob("*"), stages.ppo.model_folder, new)
     shown = [i for category in demo.TOPICS for i in of_category(prompts, category)[:3]]
     examples = [
         (prompts[i].prompt, sft.texts[i], sft.scores[i], ppo.texts[i], ppo.scores[i]) for i in shown

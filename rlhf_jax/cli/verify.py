@@ -13,7 +13,6 @@ import json
 import os
 import random
 import secrets
-import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,7 +39,7 @@ from rlhf_jax.errors import (
 )
 from rlhf_jax.runs import folder, keeping, manifest, objects, reading
 from rlhf_jax.runs.checkpoint import CheckpointError, Checkpoints
-from rlhf_jax.runs.writing import unfinished_beside
+from rlhf_jax.runs.writing import copy_files, unfinished_beside
 from rlhf_jax.training import rl
 from rlhf_jax.training.common.opening import MAY_CHANGE, fingerprints_of
 from rlhf_jax.training.common.progress import PAUSE
@@ -489,10 +488,7 @@ def copy_start(path: Path, ours: Path, config: RunConfig, step: int | None, fact
     ours.mkdir(parents=True, exist_ok=True)
     with unfinished_beside(ours / "copy", Path.mkdir) as new:
         for name in names:
-            if (path / name).is_dir():
-                shutil.copytree(path / name, new / name)
-            elif (path / name).is_file():
-                shutil.copyfile(path / name, new / name)
+            copy_files([path / name, *(path / name).rglob("*")], path, new)
         (new / "config.yaml").write_text(to_yaml(config), "utf-8")
         (new / "manifest.json").write_text(json.dumps(facts), "utf-8")
         # Folders first: they replace none that another process has made since.

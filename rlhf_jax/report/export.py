@@ -3,8 +3,6 @@ base model with a PEFT adapter merged.
 """
 
 import re
-import shutil
-from collections.abc import Iterable
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -17,7 +15,13 @@ from rlhf_jax.errors import UserError, file_errors, logger, no_folder
 from rlhf_jax.models import hf, lora, peft
 from rlhf_jax.models.hf import read_json
 from rlhf_jax.report import page, records
-from rlhf_jax.runs.writing import check_writable, refuse_links, replacing, write_atomically
+from rlhf_jax.runs.writing import (
+    check_writable,
+    copy_files,
+    refuse_links,
+    replacing,
+    write_atomically,
+)
 
 # What a run writes into ``model/``, beside the folders of an ensemble's members.
 KNOWN = (
@@ -99,7 +103,7 @@ def export(run: str | Path, folder: str | Path) -> Path:
     with file_errors(folder, "written"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with replacing(folder) as new:
-            _copy(files, model, new)
+            copy_files(files, model, new)
             write_atomically(new / "README.md", card)
             _check_free(folder)  # from another process
     unknown = [str(entry.relative_to(model)) for entry in entries if entry not in files]
@@ -148,17 +152,9 @@ def export_merged(adapter: Path, folder: Path) -> Path:
     with file_errors(folder, "written"), replacing(folder) as new:
         models.save(new, model, merged, score_position=hf.END_OF_TURN if is_ours else None)
         files = tokenizers.files_of(of_tokenizer)
-        _copy((file for file in files if file.name != hf.CONFIG), of_tokenizer, new)
-        _copy([of_base / "generation_config.json"], of_base, new)
+        copy_files((file for file in files if file.name != hf.CONFIG), of_tokenizer, new)
+        copy_files([of_base / "generation_config.json"], of_base, new)
     return folder
-
-
-def _copy(files: Iterable[Path], source: Path, folder: Path) -> None:
-    """Copies those of the files that there are, at their places below ``source``."""
-    for file in filter(Path.is_file, files):
-        copy = folder / file.relative_to(source)
-        copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, copy)
 
 
 def _check_free(folder: Path) -> None:

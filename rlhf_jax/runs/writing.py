@@ -232,6 +232,14 @@ def delete(entry: Path, ignore_errors: bool = False) -> None:
         entry.unlink(missing_ok=True)
 
 
+def copy_files(files: Iterable[Path], source: Path, folder: Path) -> None:
+    """Copies those of the files that there are to their places below ``source``, in ``folder``."""
+    for file in filter(Path.is_file, files):
+        copy = folder / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
+
+
 def open_to_append(path: Path) -> TextIO:
     """Opens a text file to append lines to it.
 
