@@ -306,6 +306,7 @@ def test_a_copy_killed_at_any_file_or_move_is_no_run(run, tmp_path, monkeypatch)
 
     whole = kill("whole", 0)
     assert json.loads(whole["manifest.json"]) == facts
+    assert whole["metrics.jsonl"] == (run / "metrics.jsonl").read_bytes()
     for number in range(1, len(whole) - 1):  # all but config.yaml and manifest.json
         ours = f"copy_{number}"
         assert kill(ours, number) == {}

@@ -144,8 +144,8 @@ def test_a_full_disk_leaves_no_half_of_the_model(tmp_path, monkeypatch):
     ]:
         monkeypatch.setattr(module, name, mock.Mock(return_value=result))
 
-    def full(source, target):
-        copied.append(target.write_text("half"))
+    def full(source, target, **how):
+        copied.append(Path(target).write_text("half"))
         if len(copied) == 2:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

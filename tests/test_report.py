@@ -443,16 +443,19 @@ def test_alerts_and_an_evaluation_are_listed(tmp_path, undrawn):
 def test_long_words_are_broken_and_short_ones_are_not(tmp_path):
     """A word of 20,000 letters made the page 217,696 pixels wide."""
     word = "x" * 25
-    table = page.Table("t", [word, "n"], [[word, 0], ["short", 10**24]], {"n": "d"})
+    lines = [[word, 0, None], [word[1:], 10**24, None]]
+    table = page.Table("t", [word, "n", "none"], lines, {"n": "d"})
     text = page.render("t", [page.Gates({word: (True, word), "kl": (True, "1 < 2")}), table])
     style, _, body = text.partition("</style>")
     [rule] = re.findall(r"^body \{[^}]*\}", style, re.MULTILINE)
     assert "overflow-wrap: anywhere" in rule
     unbroken = re.findall(r"([^\n{}]*) \{[^}]*(?:nowrap|overflow-wrap: normal)", style)
     assert [name for name in unbroken if "short" not in name] == []
+    assert ".short" in unbroken
+    assert ".wide .number.short" in style.partition("@media (max-width")[2]  # cards, one a row
     cells = re.findall(r"<t[dh]([^>]*)>([^<]*)<", body)
     shorts = [content for attributes, content in cells if "short" in attributes]
-    assert shorts == ["✓ pass", "✓ pass", "kl", "n", "0", "short"]
+    assert shorts == ["✓ pass", "✓ pass", "kl", "n", "none", "0", "–", word[1:], "–"]
     numbers = [content for attributes, content in cells if "number" in attributes]
     assert numbers == ["n", "0", str(10**24)]
 

@@ -4,6 +4,7 @@ A stand-in has the calls of W&B's and trackio's Python interface that are made h
 themselves run where they are installed: trackio on its local files, W&B offline.
 """
 
+import asyncio
 import errno
 import importlib
 import importlib.util
@@ -173,17 +174,36 @@ def test_a_service_that_hangs_is_left_after_a_bounded_wait(tmp_path, monkeypatch
     init = stand_in(monkeypatch, "wandb", [call], lambda *_, **__: hangs.wait(60))
     healthy = stand_in(monkeypatch, "trackio")
     steps = range(9)
-    others = threading.enumerate()
     ended = run_within(10, lambda: track(tmp_path, ["wandb", "trackio"], steps))
-    left = [thread for thread in threading.enumerate() if thread not in others]
     hangs.set()
     assert ended
-    assert [thread.daemon for thread in left] == [True]  # or the process would not end
     assert capsys.readouterr().out.count("--track wandb: TimeoutError") == 1
     assert logged(healthy) == list(steps)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == len(steps)
     asked = [name for name, _, _ in init.return_value.mock_calls]
     assert call == "init" or (asked[-1], asked.count(call)) == (call, 1)  # nothing more
+
+
+def test_a_service_that_hangs_does_not_keep_the_process(monkeypatch):
+    monkeypatch.setattr(trackers, "_PATIENCE", 0.05)
+    hangs, others = threading.Event(), threading.enumerate()
+    answer, error = trackers._ask(hangs.wait, 60)
+    [left] = [thread for thread in threading.enumerate() if thread not in others]
+    hangs.set()
+    assert (answer, type(error), left.daemon) == (None, TimeoutError, True)
+
+
+def test_an_error_of_no_kind_and_no_message_is_a_warning(tmp_path, monkeypatch, capsys):
+    init = stand_in(monkeypatch, "wandb", ["log"], asyncio.CancelledError())
+    track(tmp_path, ["wandb"], range(5))
+    assert "--track wandb: CancelledError; what it lacks" in capsys.readouterr().out
+    assert logged(init) == list(range(5))
+
+
+def test_a_service_whose_own_request_takes_too_long_is_asked_again(tmp_path, monkeypatch):
+    init = stand_in(monkeypatch, "wandb", ["log"], TimeoutError("no reply of the server"))
+    track(tmp_path, ["wandb"], range(5))
+    assert logged(init) == list(range(5))
 
 
 def test_a_slow_service_gets_everything_before_the_run_closes(tmp_path, monkeypatch):
@@ -230,8 +250,9 @@ def test_a_missing_package_is_said_before_anything_else(monkeypatch):
 # ----------------------------------------------------------------------------------------
 
 
-def test_tensorboard_reads_each_step_once(tmp_path):
+def test_tensorboard_reads_each_step_once(tmp_path, caplog):
     pytest.importorskip("tensorboardX")
+    began = time.time()
     event_accumulator = importlib.import_module(
         "tensorboard.backend.event_processing.event_accumulator"
     )
@@ -249,6 +270,8 @@ def test_tensorboard_reads_each_step_once(tmp_path):
     assert [(event.step, event.value) for event in read.Scalars("x")] == [
         (step, float(step)) for step in range(10)
     ]
+    assert all(began <= event.wall_time <= time.time() for event in read.Scalars("x"))
+    assert "NaN" not in caplog.text
     assert len(read.Tags()["tensors"]) == 3
     assert list(texts("samples")) == [0, 4, 8]
     lines = [

@@ -119,9 +119,9 @@ Service = _Client | _TensorBoard
 class Services:
     """Sends to some services. The first error of each is a warning, the next ones are silent."""
 
-    def __init__(self, services: Mapping[str, Service], sent: Mapping[str, int]):
+    def __init__(self, services: dict[str, Service], sent: Mapping[str, int]):
         """sent: {service: the last step that it has already}; it gets no row up to this step."""
-        self._services = dict(services)
+        self._services = services
         self._sent = sent
         self._warned: set[str] = set()
 
