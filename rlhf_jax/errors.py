@@ -146,8 +146,7 @@ def disk_fault(error: OSError) -> str | None:
     if error.errno not in _OF_DISKS:
         return None
     # Of a copy the second name is that of the new file.
-    name = error.filename2 or error.filename or "stdout or an open file"
-    return f"{name}: {error.strerror}"
+    return f"{error.filename2 or error.filename or 'stdout or an open file'}: {error.strerror}"
 
 
 def check_pattern(name: str, pattern: str) -> None:

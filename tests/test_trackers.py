@@ -15,6 +15,7 @@ import threading
 import time
 import types
 from dataclasses import replace
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -196,8 +197,28 @@ def test_a_service_that_hangs_does_not_keep_the_process(monkeypatch):
 def test_an_error_of_no_kind_and_no_message_is_a_warning(tmp_path, monkeypatch, capsys):
     init = stand_in(monkeypatch, "wandb", ["log"], asyncio.CancelledError())
     track(tmp_path, ["wandb"], range(5))
-    assert "--track wandb: CancelledError; what it lacks" in capsys.readouterr().out
+    assert "CancelledError; what it lacks" in capsys.readouterr().out
     assert logged(init) == list(range(5))
+
+
+def test_an_error_whose_text_fails_is_a_warning(tmp_path, monkeypatch, capsys):
+    class Odd(Exception):
+        def __str__(self):
+            raise ZeroDivisionError
+
+    init = stand_in(monkeypatch, "wandb", ["log"], Odd())
+    track(tmp_path, ["wandb"], range(5))
+    assert "Odd: <exception str() failed>; what it lacks" in capsys.readouterr().out
+    assert logged(init) == list(range(5))
+
+
+def test_a_service_that_changes_the_working_folder_moves_no_run(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    stand_in(monkeypatch, "wandb", ["init", "log"], lambda *_, **__: os.chdir("elsewhere"))
+    track("run", ["wandb"], range(2))
+    assert Path.cwd() == tmp_path
+    assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 def test_a_service_whose_own_request_takes_too_long_is_asked_again(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ service becomes a warning, once for each service, and one that hangs is left aft
 the run continues, and its folder has all its records.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
@@ -21,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from traceback import format_exception_only
 from typing import Any, Literal, TypedDict
 
 from rlhf_jax.errors import UserError, logger
@@ -235,7 +237,8 @@ def _ask(call: Callable[..., Any], *values: Any) -> tuple[Any, BaseException | N
 
     def answer() -> None:
         try:
-            answers.append((call(*values), None))
+            with contextlib.chdir("."):  # the run's paths may be relative
+                answers.append((call(*values), None))
         except BaseException as error:  # whatever it is: the training is worth more
             answers.append((None, error))
 
@@ -249,5 +252,4 @@ def _ask(call: Callable[..., Any], *values: Any) -> tuple[Any, BaseException | N
 
 
 def _warn(name: str, error: BaseException, outcome: str) -> None:
-    reason = f"{type(error).__name__}: {error}".removesuffix(": ")
-    logger.info(f"--track {name}: {reason}; {outcome}")
+    logger.info(f"--track {name}: {format_exception_only(error)[-1].strip()}; {outcome}")
