@@ -460,6 +460,15 @@ def test_long_words_are_broken_and_short_ones_are_not(tmp_path):
     assert numbers == ["n", "0", str(10**24)]
 
 
+@pytest.mark.parametrize("ys", [[1e308, -1e308], [1.0, 1.7e308], [-math.inf, 3e38]])
+def test_numbers_too_large_for_axes_are_gaps(ys):
+    """A reward that returned 1e308 left a run without its report."""
+    plot = figures.Plot("t", "step", "y", {"a": ([0, 1], ys), "b": ([0, 1], [1, 2])})
+    assert "<svg" in figures.element(plot, "1")
+    drawn = [y for y in ys if abs(y) < 1e300]
+    assert np.isfinite(plot.shown["a"].y).sum() == len(drawn) if drawn else "a" not in plot.shown
+
+
 def test_what_is_missing_is_said(tmp_path):
     metrics = {"objective/reward": [1.0]}
     run = write_run(

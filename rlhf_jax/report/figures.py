@@ -91,7 +91,7 @@ class Plot:
         for number, (name, pair) in enumerate(self.series.items()):
             series = Series(*pair)
             points = np.array([series.x, series.y], np.float64)
-            finite = np.isfinite(points).all(axis=0)
+            finite = (np.abs(points) < 1e300).all(axis=0)  # matplotlib adds margins
             if finite.any():
                 x, y = np.where(finite, points, np.nan)
                 color = number if series.color is None else series.color
