@@ -108,7 +108,7 @@ def test_the_command_of_the_set_trains_with_two_processes(tmp_path):
         "RLHF_JAX": program(tmp_path / "rlhf-jax", f'exec {sys.executable} -m rlhf_jax "$@"')
     }
     environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
-    flags = ["sft", "--config", "tiny", "--sft.max-steps", "1", "--sft.validation-prompts", "0"]
+    flags = ["sft", "--config", "tiny", "--sft.max-steps", "1"]
     command = [*container["command"], *flags]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
     places = [environment | {"JOB_COMPLETION_INDEX": str(number)} for number in range(2)]
