@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_array_equal
 
 from rlhf_jax import models, sampling
 from rlhf_jax.config import RLStage
@@ -318,3 +319,22 @@ def test_a_stop_string_ends_a_response_where_its_text_does(folders, generator, g
     for wrong in ("ab", [""]):
         with pytest.raises(UserError, match="stop: expected a list of texts"):
             Generator(folders / "policy", stop=wrong)
+
+
+def test_rows_are_in_batches_of_the_columns_that_they_have():
+    """Prompts of 30, 1 and 2 tokens in batches of two, in multiples of 16 columns: the short ones
+    need 16 of 48, and the last batch is completed.
+    """
+    mask = np.arange(48) >= 48 - np.array([[30], [1], [2]])
+    tokens = np.where(mask, np.arange(1, 49), 0)
+    shapes = []
+
+    def respond(tokens, mask, ids):
+        shapes.append(tokens.shape)
+        return {"tokens": jnp.where(mask, tokens * 2, 0), "ids": jnp.asarray(ids)}
+
+    found = module._by_length(respond, 2, tokens, mask, np.array([5, 6, 7]))
+    assert shapes == [(2, 16), (2, 32)]
+    assert_array_equal(found["tokens"], tokens * 2)
+    assert_array_equal(found["ids"], [5, 6, 7])
+    assert_array_equal(module.in_batches(lambda x: x * 2, 2, np.arange(3)), [0, 2, 4])

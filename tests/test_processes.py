@@ -28,16 +28,22 @@ from jax._src.array import ArrayImpl
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from numpy.testing import assert_allclose, assert_array_equal
+from recorded import rl_job
 from safetensors.numpy import load_file
 from servers import VLLM, Server
 
 from rlhf_jax import sharding, training
+from rlhf_jax.algorithms import spo
 from rlhf_jax.cli.stages import find_algorithm
+from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import ServiceError, TrainingFault, UserError
 from rlhf_jax.runs import processes
 from rlhf_jax.runs.checkpoint import Checkpoints
 from rlhf_jax.training.common.signals import stop_requests
+from rlhf_jax.training.rl import validation
+from rlhf_jax.training.rl.score import unfit_scores
 from rlhf_jax.training.supervised import normalization
+from rlhf_jax.types import Rollout
 
 # A function in Python runs in each process on its own rows; which row it is decides the score.
 REWARD = """
@@ -410,12 +416,13 @@ def test_only_fetch_reads_what_is_cut_over_processes(apart):
 
 
 @pytest.mark.parametrize(
-    "stage", ["dpo", *map(slow, ("sft", "reward_model", "kto", "vpg", "ppo", "rloo", "grpo"))]
+    "stage", ["dpo", "vpg", *map(slow, ("sft", "reward_model", "kto", "ppo", "rloo", "grpo"))]
 )
 def test_a_stage_reads_by_fetch_what_is_cut_over_processes(stage, apart, tmp_path):
     config = letters_stage(tmp_path, stage)
     if (algorithm := find_algorithm(stage)) is not None:
-        training.rl.run(config, algorithm)
+        reward = f"{tmp_path / 'reward.py'}:same"  # in Python
+        training.rl.run(replace(config, reward=(reward,)), algorithm)
     else:
         own = {"max_steps": 1} if stage == "reward_model" else {"max_steps": 1, "max_new_tokens": 2}
         section = replace(getattr(config, stage), **own)
@@ -434,6 +441,20 @@ def test_scores_that_are_cut_over_processes_are_normalised(apart):
     normalized = normalization.normalize(lambda params, _: cut, {"score": {}}, rollout)
     head = jax.tree.map(float, normalized["score"])
     assert head == pytest.approx({"gain": 3.5**-0.5, "shift": -3 * 3.5**-0.5})
+
+
+def test_figures_of_rows_that_are_cut_over_processes(apart):
+    """Three of four rows win; the last has a score that no pass rate is."""
+    scores = np.array([1.0, 0.0, 1.0, 1.0], np.float32)
+    ids = np.ones((4, 3), np.int32)
+    rollout = Rollout(ids, ids, ids, ids.astype(np.float32), row_ids=np.arange(4), scores=scores)
+    mesh = sharding.make_mesh(2)
+    found = validation.win_rate(sharding.shard_rows(mesh, rollout), np.arange(4))
+    assert 0.75 in list(map(float, found.values()))
+    prompts = SimpleNamespace(rows=[Row("a", (), f"line {i}") for i in range(4)])
+    job = rl_job(own=spo.Config(), inputs={"prompts": prompts})
+    scored = sharding.shard_rows(mesh, rollout.replace(scores=scores * [1, 1, 1, 3]))
+    assert "3.0 for line 3" in unfit_scores(job, scored)()
 
 
 @pytest.mark.parametrize(
