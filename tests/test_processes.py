@@ -35,6 +35,7 @@ from servers import VLLM, Server
 from rlhf_jax import sharding, training
 from rlhf_jax.algorithms import spo
 from rlhf_jax.cli.stages import find_algorithm
+from rlhf_jax.data import encoding, tokenizers
 from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import ServiceError, TrainingFault, UserError
 from rlhf_jax.runs import processes
@@ -42,7 +43,7 @@ from rlhf_jax.runs.checkpoint import Checkpoints
 from rlhf_jax.training.common.signals import stop_requests
 from rlhf_jax.training.rl import validation
 from rlhf_jax.training.rl.score import unfit_scores
-from rlhf_jax.training.supervised import normalization
+from rlhf_jax.training.supervised import normalization, scoring
 from rlhf_jax.types import Rollout
 
 # A function in Python runs in each process on its own rows; which row it is decides the score.
@@ -455,6 +456,20 @@ def test_figures_of_rows_that_are_cut_over_processes(apart):
     job = rl_job(own=spo.Config(), inputs={"prompts": prompts})
     scored = sharding.shard_rows(mesh, rollout.replace(scores=scores * [1, 1, 1, 3]))
     assert "3.0 for line 3" in unfit_scores(job, scored)()
+
+
+def test_scores_of_answers_that_are_cut_over_processes(apart):
+    """The score is the number of the answer's tokens."""
+    texts = encoding.encode_texts(
+        [Row("ab", ("c", "de"), "line 1"), Row("a", ("bcd", "e"), "line 2")],
+        tokenizers.characters("abcde"),
+    )
+    shard = functools.partial(sharding.shard_rows, sharding.make_mesh(2))
+    how = {"batch_size": 2, "bucket_multiple": 4, "shard": shard}
+    found = scoring.score_rows(
+        lambda batch: jnp.sum(batch.response_mask, axis=-1), texts, np.array([1, 0]), **how
+    )
+    assert_array_equal(found, [[4, 2], [2, 3]])  # with EOS
 
 
 @pytest.mark.parametrize(
