@@ -167,7 +167,7 @@ STAGES: dict[str, Run] = {
     "kto": supervised("kto"),
     "vpg": sampled("vpg", {"baseline": "greedy"}, reward=PARTS),
     "ppo": sampled("ppo", {"value": "separate"}, {"num_epochs": None}),
-    "rloo": sampled("rloo", {"num_microbatches": 2}),
+    "rloo": sampled("rloo", {"num_microbatches": 2}, STOPS),
     "grpo": sampled(
         "grpo", {"group_size": 4}, {"dynamic_sampling": 2, "validation_samples": 2}, reward=PARTS
     ),
@@ -178,7 +178,7 @@ METHODS: dict[str, Run] = {
     "clip_cov": sampled("clip_cov"),
     "curriculum": sampled("curriculum", None, {"dynamic_sampling": 1}, reward=EVEN),
     "gdpo": sampled("gdpo", {"components": ("parts", "cost"), "weights": (1, -0.5)}, reward=COSTS),
-    "maxrl": sampled("maxrl"),
+    "maxrl": sampled("maxrl", None, TALK_ON),
     "nash_md": sampled("nash_md", {"preference": "scores"}),
     "online_dpo": sampled("online_dpo"),
     "otb": sampled("otb"),
@@ -204,7 +204,7 @@ VARIANTS: dict[str, Run] = {
     "rloo engine": sampled(
         "rloo", None, {"engine": f"vllm:{VLLM_URL}"}, model="model", lora=LoRA(rank=2)
     ),
-    "grpo talk": sampled("grpo", None, TALK_ON),
+    "grpo talk": sampled("grpo", {"group_size": 2}, TALK_ON | STOPS),
     "grpo engine fsdp": sampled("grpo", None, {"engine": f"vllm:{VLLM_URL}"}, model="model", **CUT),
     "distill server": sampled(
         "distill",
