@@ -252,7 +252,8 @@ def test_a_run_of_more_devices_is_repeated_on_those_that_are_here(copied):
     settings = (copied / "config.yaml").read_text()
     assert "  data: -1\n" in settings
     (copied / "config.yaml").write_text(settings.replace("  data: -1\n", "  data: 8\n"))
-    assert verify._config(copied, [], False).mesh.data == -1
+    recorded = verify.read_manifest(copied)
+    assert verify.read_config(copied, recorded, [], [], trust_config=True).mesh.data == -1
 
 
 @pytest.mark.parametrize(

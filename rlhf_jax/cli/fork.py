@@ -5,9 +5,7 @@ Up to the checkpoint the fork has the bits of the run; without a change it has t
 folder of the run, which may come from somebody else, does not change.
 """
 
-import contextlib
 import shutil
-from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -85,17 +83,15 @@ def fork(
 
     source = [] if model is None else ["--model", model]
     before = verify.read_config(run, recorded, source, data, trust_config)
-    switches = switches_of(RunConfig).union(
-        *(switches_of(type(own), f"{name}.") for name, own in before.own.items())
-    )
+    kinds = {f"{name}.": type(own) for name, own in before.own.items()} | {"": RunConfig}
+    switches = {key for prefix, kind in kinds.items() for key in switches_of(kind, prefix)}
     flags = [word for setting in settings for word in _flag(setting, switches)]
     if reward:
         flags += ["--reward", *reward]
     if without_row:
         left_out = [*getattr(before, section).without_rows, *without_row]
         flags += [f"--{section.replace('_', '-')}.without-rows", *left_out]
-    command = STAGES.get(stage.replace("_", "-"))
-    sections = [*(command.reads if command else REWARD), stage]
+    sections = [*(STAGES[stage.replace("_", "-")].reads if stage in TASKS else REWARD), stage]
     # What is not typed was trusted above.
     after = verify.read_config(run, recorded, [*source, *flags], data, True, sections)
     changes = manifest.differences(to_dict(before), to_dict(after))
@@ -137,10 +133,9 @@ def _begin(
     """
     about = facts["fork"]
     if output_dir.exists() and not folder.is_unused(output_dir):
-        with contextlib.suppress(UserError):
-            recorded = reading.read_json(output_dir / "manifest.json", reading.Manifest)
-            if recorded.get("fork") == about:
-                return False
+        file = output_dir / "manifest.json"
+        if file.is_file() and reading.read_json(file, reading.Manifest).get("fork") == about:
+            return False
         raise UserError(f"{output_dir} holds files already; choose another --output-dir")
     here = verify.checksums(before, facts["stage"])
     for found in verify.start_differences(run, [about["step"]], facts["data"], here):
@@ -152,7 +147,7 @@ def _begin(
     return True
 
 
-def _flag(setting: str, switches: Collection[str]) -> list[str]:
+def _flag(setting: str, switches: set[str]) -> list[str]:
     """The words of the flag that KEY=VALUE stands for."""
     key, equals, value = setting.partition("=")
     key = key.replace("-", "_")

@@ -26,7 +26,7 @@ import tyro
 
 from rlhf_jax.cli.console import print_table, show
 from rlhf_jax.cli.stages import find_algorithm, find_method
-from rlhf_jax.config import RunConfig, check_trusted, parse, section_name, to_yaml
+from rlhf_jax.config import RunConfig, check_trusted, parse, to_yaml
 from rlhf_jax.data import formats
 from rlhf_jax.errors import (
     AlertStop,
@@ -48,7 +48,6 @@ from rlhf_jax.training.rl import inputs
 from rlhf_jax.training.rl.job import sources_of
 from rlhf_jax.training.supervised import run as supervised
 from rlhf_jax.training.tasks import TASKS
-from rlhf_jax.types import Algorithm
 
 ROWS = ("metrics.jsonl", "samples.jsonl")
 # In place of the run's: how it was started, and whom it told.
@@ -187,12 +186,10 @@ def read_manifest(path: Path) -> Facts:
     recorded: Facts = reading.read_json(file, reading.Manifest, needed)
     why = ""
     algorithm = find_algorithm(recorded["stage"])
-    given = dict(recorded.get("given", {}))
-    if given.get("algorithm") == objects.describe(algorithm):  # a method that is no stage
-        given.pop("algorithm", None)
+    given = recorded.get("given", {})
     if recorded["stage"] not in TASKS and algorithm is None:
         why = f"its stage {recorded['stage']} is not one of this package"
-    elif given:
+    elif given not in ({}, {"algorithm": objects.describe(algorithm)}):
         why = f"Python gave it {', '.join(given)}"
     if why:
         raise UserError(f"{path}: {why}; only the script that made the run can repeat it")
@@ -255,7 +252,8 @@ def read_config(
     trust_config: bool,
     sections: Names = SECTIONS,
 ) -> RunConfig:
-    """The settings of a run, as flags change them, with the places of its ``data`` here. JAX begins
+    """The settings of a run, as flags change them, with the places of its ``data`` here; without
+    those of the script that made it, and without how it was started and whom it told. JAX begins
     with the run's number of threads.
 
     Args:
@@ -264,28 +262,11 @@ def read_config(
     Raises:
         UserError: a flag is wrong, or the config names what is not trusted.
     """
-    method = find_method(recorded["stage"])
-    config = _with_data(_config(path, flags, trust_config, sections, method), recorded, data)
-    if not trust_config:
-        every = _data_names(config, recorded["stage"]).values()
-        left = tuple(name for names in every for name in names if name not in data)
-        check_trusted({"data": (left, str(path / "config.yaml"))})
-    return set_up(config, threads=manifest.last_start(recorded).get("threads"))
-
-
-def _config(
-    path: Path, flags: Names, trust_config: bool, sections: Names, method: Algorithm | None
-) -> RunConfig:
-    """The settings of config.yaml without those of the script that made the run, and without what
-    says how the run was started and whom it told. Whether its data is trusted is asked later.
-    """
     file = path / "config.yaml"
     argv = ["--config", str(file), *flags]
     if trust_config:
         argv.append("--trust-config")
-    ours = {field.name for field in fields(RunConfig)}
-    if method is not None:
-        ours.add(section_name(method))
+    ours = {field.name for field in fields(RunConfig)} | {recorded["stage"]}
     settings = reading.read_yaml(file, reading.Settings)
     others = [
         key
@@ -296,21 +277,25 @@ def _config(
         names = ", ".join(others)
         logger.info(f"{file}: {names} is read by the script that made the run, not here")
     stages = ("rl", *TASKS)
-    data = [f"{section}.{key}" for section in stages for key in ("data", "validation_data")]
+    files = [f"{section}.{key}" for section in stages for key in ("data", "validation_data")]
     config = parse(
         RunConfig,
         argv,
         prog="rlhf-jax",
         sections=sections,
-        algorithm=method,
-        replaced=[*STARTS, "data", *data],
+        algorithm=find_method(recorded["stage"]),
+        replaced=[*STARTS, "data", *files],
         ignored=others,
     )
-    config = replace(config, **STARTS)
-    if -1 in (config.mesh.fsdp, config.mesh.tensor):
-        return config
-    # As many groups as this machine has devices for.
-    return replace(config, mesh=replace(config.mesh, data=-1))
+    config = _with_data(replace(config, **STARTS), recorded, data)
+    if not trust_config:
+        every = _data_names(config, recorded["stage"]).values()
+        left = tuple(name for names in every for name in names if name not in data)
+        check_trusted({"data": (left, str(file))})
+    if -1 not in (config.mesh.fsdp, config.mesh.tensor):
+        # As many groups as this machine has devices for.
+        config = replace(config, mesh=replace(config.mesh, data=-1))
+    return set_up(config, threads=manifest.last_start(recorded).get("threads"))
 
 
 def _unsure(config: RunConfig, stage: str, recorded: Facts) -> list[str]:
@@ -381,9 +366,8 @@ def _with_data(config: RunConfig, recorded: Facts, given: Names) -> RunConfig:
 def checksums(config: RunConfig, stage: str) -> dict[str, str]:
     """The checksums of the files that the run would read on this machine."""
     others = {}
-    if (algorithm := find_algorithm(stage)) is not None:
-        section = (vars(config) | config.own)[section_name(algorithm)]
-        others = inputs.files(sources_of(config), config.rl, section)
+    if stage not in TASKS:
+        others = inputs.files(sources_of(config), config.rl, (vars(config) | config.own)[stage])
     digests = fingerprints_of(config, others)
     for names in _data_names(config, stage).values():
         digests |= formats.fingerprints(_kind(stage), names, seed=config.seed)
@@ -492,9 +476,8 @@ def copy_start(path: Path, ours: Path, config: RunConfig, step: int | None, fact
         (new / "config.yaml").write_text(to_yaml(config), "utf-8")
         (new / "manifest.json").write_text(json.dumps(facts), "utf-8")
         # Folders first: they replace none that another process has made since.
-        for entry in sorted(
-            new.iterdir(), key=lambda entry: (entry.is_file(), entry.name == "manifest.json")
-        ):
+        entries = sorted(new.iterdir(), key=lambda entry: entry.is_file())
+        for entry in sorted(entries, key=lambda entry: entry.name == "manifest.json"):
             entry.rename(ours / entry.name)
 
 

@@ -66,8 +66,6 @@ class RowCounts(TypedDict):
 
 
 class _Fork(TypedDict, total=False):
-    run: str
-    step: int
     changes: list[str]
 
 
