@@ -127,6 +127,27 @@ def test_a_changed_setting_has_its_effect_after_the_trunk(run, tmp_path, capsys)
     assert settings["alerts"] == ["sft/loss > 99", "grad_norm > 99"]
 
 
+def test_what_a_fork_sets_to_auto_or_null_is_decided_anew(run, tmp_path):
+    """And stays so after a stop; the run's own values were the defaults."""
+    of_run = yaml.safe_load((run / "config.yaml").read_text())
+    given = ["sft.optimizer.learning_rate=0.5", "compute.remat=true", "compute.scan_layers=true"]
+    fork(run, 4, tmp_path / "given", given, trust_config=True)
+    decided = ["sft.optimizer.learning_rate=null", "compute.remat=auto", "compute.scan_layers=auto"]
+    fork(tmp_path / "given", 4, tmp_path / "fork", decided, trust_config=True)
+    before, after = (
+        yaml.safe_load((tmp_path / name / "config.yaml").read_text()) for name in ("given", "fork")
+    )
+    assert before["compute"]["scan_layers"] is before["compute"]["remat"] is True
+    assert after["compute"] == of_run["compute"]
+    assert after["sft"] == of_run["sft"] != before["sft"]
+    assert sorted(changes(tmp_path / "fork")) == [
+        "compute.remat",
+        "compute.scan_layers",
+        "sft.optimizer.learning_rate",
+    ]
+    assert rows(tmp_path / "fork") == rows(run) != rows(tmp_path / "given")
+
+
 def test_a_row_is_missing_in_its_batches_and_all_else_is_as_with_it(
     trained, tmp_path, batches, capsys
 ):
@@ -366,6 +387,17 @@ def test_a_fork_killed_before_its_training_goes_on_with_the_change(run, tmp_path
         assert changes(ours) == ["sft.optimizer.learning_rate"]
     fork(run, 4, tmp_path / "killed", rate, trust_config=True)  # it is done: it compares
     assert rows(again) == rows(tmp_path / "killed")
+
+
+def test_a_full_disk_is_a_sentence_and_leaves_a_free_folder(run, tmp_path, monkeypatch):
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", full)
+        with pytest.raises(UserError, match=r"/fork: cannot be written: No space left on device$"):
+            fork(run, 4, tmp_path / "fork", trust_config=True)
+    assert list((tmp_path / "fork").iterdir()) == []
 
 
 def test_of_two_forks_at_once_the_second_replaces_nothing(run, tmp_path, monkeypatch):

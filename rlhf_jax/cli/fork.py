@@ -15,10 +15,11 @@ import tyro
 from rlhf_jax.cli import verify
 from rlhf_jax.cli.console import print_table, show
 from rlhf_jax.cli.stages import REWARD, STAGES
-from rlhf_jax.config import RunConfig, to_dict
+from rlhf_jax.config import RunConfig, model_source, to_dict
 from rlhf_jax.config.flags import switches_of
 from rlhf_jax.errors import UserError, file_errors
 from rlhf_jax.runs import folder, manifest, reading
+from rlhf_jax.training.common import initial
 from rlhf_jax.training.common.opening import fixed
 from rlhf_jax.training.common.signals import resume_command
 from rlhf_jax.training.tasks import TASKS
@@ -68,7 +69,6 @@ def fork(
     """
     recorded = verify.read_manifest(run)
     stage = recorded["stage"]
-    section = verify.section_of(stage)
     saved = folder.steps(run / "checkpoints")
     if at not in saved:
         listed = ", ".join(map(str, saved)) or "none"
@@ -89,11 +89,13 @@ def fork(
     if reward:
         flags += ["--reward", *reward]
     if without_row:
-        left_out = [*getattr(before, section).without_rows, *without_row]
-        flags += [f"--{section.replace('_', '-')}.without-rows", *left_out]
+        left_out = [*getattr(before, stage).without_rows, *without_row]
+        flags += [f"--{stage.replace('_', '-')}.without-rows", *left_out]
     sections = [*(STAGES[stage.replace("_", "-")].reads if stage in TASKS else REWARD), stage]
     # What is not typed was trusted above.
     after = verify.read_config(run, recorded, [*source, *flags], data, True, sections)
+    layers = initial.num_layers(model_source(after))
+    after = replace(after, compute=initial.by_depth(after.compute, layers))
     changes = manifest.differences(to_dict(before), to_dict(after))
     never = [key for key in changes if manifest.within(key, fixed(after))]
     if never:

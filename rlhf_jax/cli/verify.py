@@ -276,8 +276,7 @@ def read_config(
     if others:
         names = ", ".join(others)
         logger.info(f"{file}: {names} is read by the script that made the run, not here")
-    stages = ("rl", *TASKS)
-    files = [f"{section}.{key}" for section in stages for key in ("data", "validation_data")]
+    files = [f"{name}.{key}" for name in ("rl", *TASKS) for key in ("data", "validation_data")]
     config = parse(
         RunConfig,
         argv,
