@@ -223,6 +223,7 @@ def test_a_fork_that_was_stopped_goes_on_by_the_command_that_it_prints(run, tmp_
     [
         ({"at": 5}, "--at 5: .* of these steps: 4, 6$"),
         ({"settings": ["sft.batch_size"]}, "--set sft.batch_size: give KEY=VALUE"),
+        ({"settings": ["=5"]}, "--set =5: give KEY=VALUE"),
         ({"settings": ["output_dir=x"]}, "--set output_dir=x: a fork has its own"),
         ({"settings": ["mesh.data=2"]}, "a fork has its own"),
         ({"settings": ["seed=3"]}, "--set seed=3: other rows would be held out"),

@@ -153,8 +153,8 @@ def _flag(setting: str, switches: set[str]) -> list[str]:
     """The words of the flag that KEY=VALUE stands for."""
     key, equals, value = setting.partition("=")
     key = key.replace("-", "_")
-    if not equals or key in OWN:
-        why = "a fork has its own" if equals else "give KEY=VALUE, such as rl.kl_coef=0.1"
+    if not (key and equals) or key in OWN:
+        why = "a fork has its own" if key in OWN else "give KEY=VALUE, such as rl.kl_coef=0.1"
         raise UserError(f"--set {setting}: {why}")
     section, dot, name = key.replace("_", "-").rpartition(".")
     if key.rpartition(".")[2] in DRAWS:
