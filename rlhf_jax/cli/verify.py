@@ -266,7 +266,7 @@ def read_config(
     argv = ["--config", str(file), *flags]
     if trust_config:
         argv.append("--trust-config")
-    ours = {field.name for field in fields(RunConfig)} | {recorded["stage"]}
+    ours = {field.name for field in fields(RunConfig)}
     settings = reading.read_yaml(file, reading.Settings)
     others = [
         key
