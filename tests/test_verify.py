@@ -341,6 +341,17 @@ def test_another_machine_is_described(copied):
     assert "without --deterministic" in audit.unsure[0]
 
 
+@pytest.mark.usefixtures("repeated")
+def test_what_a_fork_has_changed_is_named(copied):
+    """Before its step the settings were others."""
+    change(copied, fork={"run": "x", "step": 4, "changes": ["a.b was 1 and is now 2"]})
+    [unsure] = verify.verify(copied, trust_config=True).unsure
+    assert "a.b was 1 and is now 2" in unsure
+    change(copied, fork={"changes": 5})
+    with pytest.raises(UserError, match=r"manifest\.json: fork"):
+        verify.verify(copied, trust_config=True)
+
+
 def set_in_config(copied, **values):
     file = copied / "config.yaml"
     file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | values))
