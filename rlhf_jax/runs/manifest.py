@@ -98,7 +98,7 @@ def write_manifest(
     write_atomically(run.manifest, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
 
 
-def machine(mesh: Mapping[str, int] = {}) -> Row:
+def machine(mesh: Mapping[str, int]) -> Row:
     """What a run's bits depend on beside its settings and files."""
     packages = {name: metadata.version(name) for name in PACKAGES}
     return {

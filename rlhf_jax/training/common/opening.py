@@ -228,7 +228,7 @@ def fingerprints_of(config: RunConfig, files: Mapping[str, Path]) -> dict[str, s
 
 def _compare(name: str, config: RunConfig, data: Mapping[str, str], python: reading.Row) -> None:
     """Raises UserError in every process of a run unless all would do the same."""
-    facts = {"stage": name, "given": python, **to_dict(config), **manifest.machine()}
+    facts = {"stage": name, "given": python, **to_dict(config), **manifest.machine({})}
     facts["sha256"] = {key: digest[:12] for key, digest in data.items()}
     facts["devices of a process"] = jax.local_device_count()
     for key in ("model", "output_dir", "processes", "cpu", "threads"):  # hosts may have others
