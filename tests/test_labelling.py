@@ -481,22 +481,27 @@ def test_the_file_follows_the_store_and_a_full_disk(tmp_path, monkeypatch, caplo
         wait_until(lambda: len(json_lines(out)) == 3)
 
 
-def test_sigterm_writes_the_file_as_ctrl_c_does(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_writes_the_file_as_ctrl_c_does(tmp_path, monkeypatch, number):
+    """SIGHUP: of a terminal that was closed."""
     monkeypatch.setattr(label, "WRITE_EVERY", 100.0)
 
     def until_a_signal():
         with labelled(tmp_path) as (kept, _):
             record(kept, 0)
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(number)
 
-    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    before = signal.signal(number, lambda *_: None)
     try:
         with pytest.raises(KeyboardInterrupt):
             until_a_signal()
         assert len(json_lines(tmp_path / "prefs.jsonl")) == 1
-        signal.raise_signal(signal.SIGTERM)  # as before
+        signal.raise_signal(number)  # as before
+        signal.signal(number, signal.SIG_IGN)  # as nohup does
+        with labelled(tmp_path):
+            signal.raise_signal(number)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)
 
 
 def test_a_file_is_written_once_for_what_has_changed(tmp_path, monkeypatch):
@@ -509,6 +514,18 @@ def test_a_file_is_written_once_for_what_has_changed(tmp_path, monkeypatch):
         record(kept, 0)
         time.sleep(0.2)
         assert written == ["prefs.jsonl.session.json", "prefs.jsonl"]
+
+
+def test_a_session_file_that_lists_the_judgements_is_read(tmp_path):
+    """As earlier versions wrote it."""
+    with labelled(tmp_path) as (kept, out):
+        record(kept, 0)
+    for number, said in ((1, None), (2, "lacks judgements")):
+        listed = {"settings": {}, "shown": 1, "judgements": [{"pair": 0}] * number}
+        label.session_file(out).write_text(json.dumps(listed))
+        expected = pytest.raises(UserError, match=said) if said else contextlib.nullcontext()
+        with expected, labelled(tmp_path):
+            pass
 
 
 def test_a_store_that_lost_its_last_judgement_is_refused(tmp_path):

@@ -616,7 +616,9 @@ def test_a_judgement_is_a_row_to_train_on(folder, tmp_path):
             assert ask(client, "/judgement", **judged, choice=choice)["kept"]
             assert client.get("/v1/models").json()["judgements"] == str(out)
             equal = judged | {"answers": ["a", "a"], "choice": "a"}
-            assert client.post("/judgement", json=equal).status_code == 400
+            reply = client.post("/judgement", json=equal)
+            assert reply.status_code == 400
+            assert "the answers are equal, or one is empty" in reply.text
     rows = formats.read("comparisons", [str(out)], seed=0).rows
     assert [row.responses for row in rows] == [("b", "a"), ("a", "b")]
     assert [given.choice for given in summary.read(out)] == ["b", "a"]

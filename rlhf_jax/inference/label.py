@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -63,10 +64,14 @@ def opened(
 
 @contextlib.contextmanager
 def _followed(store: Store, out: Path) -> Iterator[None]:
-    """OUT follows the store while the block is open. SIGTERM ends it as Ctrl-C does."""
+    """OUT follows the store while the block is open. SIGTERM and SIGHUP end it as Ctrl-C does."""
     write(store, out)
     is_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if is_main else None
+    before = {
+        number: signal.signal(number, signal.default_int_handler)
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if is_main and signal.getsignal(number) is not signal.SIG_IGN  # as of nohup
+    }
     ended = threading.Event()
 
     def follow() -> None:
@@ -86,8 +91,8 @@ def _followed(store: Store, out: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if is_main:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         ended.set()
         writer.join()
         write(store, out)
@@ -101,8 +106,11 @@ def begin(store: Store, source: pairs.Source, config: Config) -> None:
     num_given = len(store.judgements())
     beside = session_file(out)
     if beside.exists():
-        written = reading.read_json(beside, dict[str, int], ("shown", "judgements"))
-        if (store.num_shown(), num_given) < (written["shown"], written["judgements"]):
+        keys = ("shown", "judgements")
+        written = reading.read_json(beside, dict[str, int | list[Any] | dict[str, Any]], keys)
+        # Earlier versions listed the judgements.
+        held = [x if isinstance(x, int) else len(x) for x in map(written.get, keys)]
+        if [store.num_shown(), num_given] < held:
             raise UserError(
                 f"{store.path}: lacks judgements that {beside.name} has. Put the whole store "
                 "back, with its -wal file, or choose another --out"

@@ -29,7 +29,7 @@ from rlhf_jax.data.rows import Record
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.inference import web
-from rlhf_jax.inference.labelling.store import Store
+from rlhf_jax.inference.labelling.store import Pair, Store
 from rlhf_jax.inference.serving import protocol
 from rlhf_jax.inference.serving.answers import Answers, Policy
 from rlhf_jax.inference.serving.protocol import Chat, Completion, Judgement, Refused, Score
@@ -286,6 +286,8 @@ async def _judge(served: Served, given: Judgement, _: Request) -> Response:
 def _keep(served: Served, store: Store, given: Judgement) -> None:
     """Keeps a judgement that a model with the template of the first one here can train on."""
     where = "the judgement"
+    if Pair(0, "", list(given.answers)).is_useless:
+        raise UserError("the answers are equal, or one is empty: a choice would teach nothing")
     turns = conversation.messages_of(Record({"messages": given.messages}, where), "messages")
     pair = dict(zip(formats.PAIR, given.answers, strict=True))
     line = json.dumps({"prompt": turns} | pair, ensure_ascii=False).encode()
