@@ -479,6 +479,8 @@ def test_a_token_stands_in_the_address(chat):
     ask(page, "Hello")
     assert said(page) == ["base with seed 0: Hello"]
     assert TOKEN not in page.url  # nor in the browser's history
+    denied = "{ get() { throw new Error('denied'); } }"  # where cookies are blocked
+    page.add_init_script(f"Object.defineProperty(window, 'sessionStorage', {denied})")
     page.reload()
     page.locator("option", has_text="base").first.wait_for(state="attached")
     direct, errors = chat(Fake(BASE, JUDGE, token=TOKEN), f"#token={TOKEN}")

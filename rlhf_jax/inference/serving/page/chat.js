@@ -33,12 +33,8 @@ function grow(change) {
 async function request(path, body, signal) {
   const headers = { "Content-Type": "application/json" };
   const [, given] = location.hash.split("#token=");
-  if (given) {
-    sessionStorage.setItem("token", given);
-    history.replaceState(null, "", location.pathname); // browsers keep addresses
-  }
-  const token = sessionStorage.getItem("token");
-  if (token) headers.Authorization = `Bearer ${token}`;
+  if (given) history.replaceState(given, "", location.pathname); // browsers keep addresses
+  if (history.state) headers.Authorization = `Bearer ${history.state}`;
   const how = body && { method: "POST", body: JSON.stringify(body) };
   const response = await fetch(path, { ...how, headers, signal }).catch(() => null);
   if (!response) throw new Error("The server does not reply.");
