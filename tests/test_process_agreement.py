@@ -13,10 +13,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from builders import TINY, launch, metric_rows
+from jax._src.array import ArrayImpl
 from jax.experimental import multihost_utils
+from jax.tree_util import Partial
 
 from rlhf_jax import Rollout
 from rlhf_jax.config import RLStage, RunConfig, Safety, Tokenizer
@@ -168,14 +171,30 @@ def test_an_error_of_a_reward_in_one_process_ends_all(monkeypatch):
     assert len({*threads.run(work)}) == 1
 
 
-def test_the_classifier_of_the_first_process_counts(monkeypatch):
-    """It may answer each process differently; all must drop the same rows."""
+def test_a_reward_that_is_cut_over_processes_scores_the_rows_of_all_at_once(monkeypatch):
+    """Each would bring other rows to a program of all: their parts would become one score."""
+    shapes = []
+
+    def lengths(weight, rollout):
+        shapes.append(rollout.tokens.shape)
+        return weight * jnp.sum(rollout.response_mask, axis=1), {}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ArrayImpl, "is_fully_addressable", False)
+        cut = spec.as_host(spec.Reward(fn=Partial(lengths, jnp.float32(2))))
+    for found in Threads(2, monkeypatch).run(lambda: scored(cut)):
+        assert found.rollout.scores.tolist() == [2, 4, 6, 8]
+    assert {*shapes} == {(B, T)}
+
+
+def test_each_process_filters_its_own_rows(monkeypatch):
+    """A classifier may answer each process differently; all must drop the same rows."""
     threads = Threads(2, monkeypatch)
     asked = []
 
     def classifier(rollout, columns):
         asked.append(threads.own.number)
-        scores = [0.0] * B
+        scores = [0.0] * len(rollout.tokens)
         scores[threads.own.number] = 2.0
         return scores, {}
 
@@ -183,10 +202,11 @@ def test_the_classifier_of_the_first_process_counts(monkeypatch):
     safety = Safety(classifier="any", above=1.0, responses="mask")
     guard = filters.Guard(safety, filters.Filter(), tokenizer, classifier).enforce
     for found in threads.run(lambda: scored(REWARDS["nothing else"], guard)):
-        assert np.asarray(found.rollout.present).tolist() == [False, True, True, True]
-        assert found.metrics["safety/unsafe"] == 0.25
-        assert found.verdicts == [{"classifier": "score 2 above 1"}, {}, {}, {}]
-    assert asked == [0]
+        assert np.asarray(found.rollout.present).tolist() == [False, True, True, False]
+        assert found.metrics["safety/unsafe"] == 0.5
+        is_unsafe = {"classifier": "score 2 above 1"}
+        assert found.verdicts == [is_unsafe, {}, {}, is_unsafe]
+    assert sorted(asked) == [0, 1]
 
 
 # --- What is compared before the first step

@@ -187,11 +187,13 @@ class Guard:
         Args:
           sampled: the rollout before the reward. Its missing rows are neither judged nor counted.
           scored: NumPy arrays, with ``scores`` [B].
+          columns: of this process's rows, which are those that it judges.
 
         Raises:
           FloatingPointError: the classifier's score is not finite; it names the row.
         """
-        verdicts = processes.in_first(lambda: self._verdicts(sampled, columns))  # or may differ
+        of_all = processes.gather(lambda: self._verdicts(processes.own_rows(sampled), columns))
+        verdicts = [verdict for of_process in of_all for verdict in of_process]
         unsafe = np.array([bool(verdict) for verdict in verdicts])
         num_present = max(int(sampled.present.sum()), 1)
         metrics = {"safety/unsafe": jnp.float32(unsafe.sum() / num_present)}

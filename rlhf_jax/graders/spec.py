@@ -62,6 +62,7 @@ from rlhf_jax.rewards.texts import (
     from_conversations,
     from_text,
 )
+from rlhf_jax.runs import processes
 from rlhf_jax.types import Params, RewardFn, Rollout, ScoreFn
 
 _PAIRS = "pairs:"
@@ -259,11 +260,20 @@ def members(folder: str | Path) -> list[Path]:
 
 
 def as_host(reward: Reward) -> HostReward:
-    """A reward that is called on the host; a traced one runs on the devices."""
+    """A reward that each process calls on the host, with its own rows; traced ones use devices."""
     if reward.host is not None:
         return reward.host
     on_devices = jax.jit(lambda fn, rollout: fn(rollout))
-    return lambda rollout, columns: jax.device_get(on_devices(reward.fn, rollout))
+    is_cut = any(not getattr(x, "is_fully_addressable", 1) for x in jax.tree.leaves(reward.fn))
+
+    def score(rollout: Rollout, columns: Columns) -> HostScores:
+        if is_cut:  # one program of all processes, for the rows of all
+            processes.agree(lambda: None)  # one that has failed would be waited for
+            rollout = processes.gather_rows(rollout)
+        scores = on_devices(reward.fn, rollout)
+        return processes.own_rows(processes.fetch(scores)) if is_cut else jax.device_get(scores)
+
+    return score
 
 
 def _sum_on_host(parts: dict[str, Part]) -> Reward:

@@ -33,8 +33,7 @@ def score_on_host(
     batch: Batch,
     told: set[str],
 ) -> Scored:
-    """Each process scores its own rows. All filter all rows in the same way, so that they agree
-    which rows are missing.
+    """Each process scores and filters its own rows; all get the scores and verdicts of all.
 
     Args:
         told: reasons that were printed; gets those that are new.
@@ -61,8 +60,7 @@ def score_on_host(
         guard_metrics: Metrics = {}
         verdicts = None
         if guard is not None:
-            columns = batches.columns_at(batch.prompts, batch.rows)
-            after, guard_metrics, verdicts = guard(before, scored=after, columns=columns)
+            after, guard_metrics, verdicts = guard(before, scored=after, columns=own_columns)
     except FloatingPointError as error:
         raise TrainingFault(str(error)) from error
     if not np.array_equal(after.row_ids, before.row_ids):
