@@ -302,6 +302,7 @@ def test_what_else_the_processes_of_a_run_compare(config, tmp_path, monkeypatch)
     monkeypatch.undo()
     for word, other in {
         "sha256.model": other_model,
+        " model": facts_of(replace(config, model="another/name")),  # which no host has as a folder
         "sha256.data.json": facts_of(config, fingerprints={"data.json": "2" * 64}.items()),
         "given.optimizer": facts_of(config, given={"optimizer": 3}.items()),
         "stage": facts_of(config, "sft"),

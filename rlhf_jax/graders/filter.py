@@ -186,8 +186,7 @@ class Guard:
 
         Args:
           sampled: the rollout before the reward. Its missing rows are neither judged nor counted.
-          scored: NumPy arrays, with ``scores`` [B].
-          columns: of this process's rows, which are those that it judges.
+          scored: NumPy arrays, with ``scores`` [B]; ``columns`` are of this process's rows.
 
         Raises:
           FloatingPointError: the classifier's score is not finite; it names the row.

@@ -231,7 +231,8 @@ def _compare(name: str, config: RunConfig, data: Mapping[str, str], python: read
     facts = {"stage": name, "given": python, **to_dict(config), **manifest.machine({})}
     facts["sha256"] = {key: digest[:12] for key, digest in data.items()}
     facts["devices of a process"] = jax.local_device_count()
-    for key in ("model", "output_dir", "processes", "cpu", "threads"):  # hosts may have others
+    # Hosts may have others; the fingerprint tells folders of models apart, but not names.
+    for key in ("output_dir", "processes", "cpu", "threads", *(data.keys() & {"model"})):
         del facts[key]
     first, *others = processes.gather(lambda: facts)
     differ = [
