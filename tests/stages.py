@@ -218,7 +218,7 @@ RUNS = STAGES | METHODS | VARIANTS
 
 
 def die_at(place: str) -> None:
-    """Kills this process with SIGKILL in a run: see above."""
+    """Kills this process with SIGKILL when a run writes its third row or second checkpoint."""
     owner, name, number = {
         "row": (progress.Progress, "settle", 3),
         "checkpoint": (checkpoint, "_digests", 2),  # of step 0 and of step 2
