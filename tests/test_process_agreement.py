@@ -315,8 +315,13 @@ def test_what_else_the_processes_of_a_run_compare(config, tmp_path, monkeypatch)
             compared(config, [other], monkeypatch)
 
 
-def test_processes_may_see_a_run_at_other_places_and_have_other_cpus(config, monkeypatch):
+@pytest.mark.parametrize("revision", [None, {"commit": "c0ffee", "modified": False}])
+def test_processes_may_see_a_run_at_other_places_and_have_other_cpus(revision, config, monkeypatch):
+    """And a host may have no git."""
+    own = None if revision else {"commit": "c0ffee", "modified": False}
+    monkeypatch.setattr(manifest, "_git_state", lambda: own)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manifest, "_git_state", lambda: revision)
         patch.setattr(devices, "cpu", lambda: "another")
         patch.setattr(devices, "num_threads", lambda: 99)
         other = facts_of(replace(config, output_dir="elsewhere", processes="h:1,2,1"))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from builders import initial_params
 from chat_families import ANSWER, SYSTEM, USER
-from numpy.testing import assert_allclose
+from numpy.testing import assert_allclose, assert_array_equal
 
 from rlhf_jax import models, rewards, rollout, vpg
 from rlhf_jax.config import Compute
@@ -21,10 +21,12 @@ from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import characters, load_tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation import bench, evaluate
+from rlhf_jax.generation import generator
 from rlhf_jax.generation.generator import Generator, LanguageModel
 from rlhf_jax.graders import spec
 from rlhf_jax.inference import asking
 from rlhf_jax.models import hf
+from rlhf_jax.parallel import sharding
 from rlhf_jax.training import rl
 from rlhf_jax.training.common import reward_models
 from rlhf_jax.types import Rollout
@@ -224,6 +226,43 @@ def test_an_ensemble_across_families(tmp_path):
         assert_allclose(scores, expected, atol=1e-5)
         spread = parts[f"{how}:a,b,own/uncertainty"]
         assert_allclose(spread, each.std(axis=0), atol=1e-5)
+
+
+def test_each_process_reads_texts_by_itself_in_a_run_that_has_set_a_mesh(tmp_path, monkeypatch):
+    """A program over the mesh would wait for the other processes, which have other texts."""
+    folder = save_judge(tmp_path / "rm")
+    texts = [[USER], [SYSTEM, USER]], ["yes", "a longer answer"]
+    expected = load(folder).score_texts(*texts)
+    meshes = []
+    scorer = generator._scorer
+
+    def seen(*model):
+        meshes.append(jax.sharding.get_abstract_mesh())
+        return scorer(*model)
+
+    monkeypatch.setattr(generator, "_scorer", seen)
+    with jax.set_mesh(sharding.make_mesh(1, tensor=2, devices=jax.devices()[:2])):
+        before = jax.sharding.get_abstract_mesh()
+        model = load(folder)
+        assert_array_equal(model.score_texts(*texts), expected)
+        assert jax.sharding.get_abstract_mesh() == before
+    assert [mesh.empty for mesh in meshes] == [True]
+    assert all(len(leaf.devices()) == 1 for leaf in jax.tree.leaves(model.params))
+
+
+def test_a_model_that_is_cut_over_processes_compares_no_texts(tmp_path, monkeypatch):
+    """Each process has other texts, and all would wait for one another."""
+    folder = save_judge(tmp_path / "rm")
+    tokenizer = load_tokenizer(folder)
+    own = partial(reward_models.load_reward_model, compute=Compute(), policy=tokenizer.fingerprint)
+    judge = f"pairs:{folder}"
+    assert spec.build_reward([judge], tokenizer=tokenizer, load=own, columns=()).is_pairs
+    whole = LanguageModel.load
+    cut = SimpleNamespace(is_fully_addressable=False, is_fully_replicated=False)
+    as_cut = lambda *args, **options: whole(*args)._replace(params={"score": cut})  # noqa: E731
+    monkeypatch.setattr(LanguageModel, "load", as_cut)
+    with pytest.raises(UserError, match="the mesh cuts it over processes"):
+        spec.build_reward([judge], tokenizer=tokenizer, load=own, columns=())
 
 
 def test_what_it_cannot_read_is_refused_by_name(tmp_path):

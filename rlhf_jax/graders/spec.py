@@ -411,7 +411,10 @@ class _Reader(NamedTuple):
             return function, pairs.by_function(where, loaded, self.columns)
         model = self.load(spec)
         if model.score_texts is None:
-            raise UserError(f"{where}: this reward model reads no texts")
+            raise UserError(
+                f"{where}: this reward model scores steps, or the mesh cuts it over processes; it "
+                "cannot compare texts"
+            )
         return _run_name(spec), pairs.by_model(model.score_texts)
 
     def _rubric(self, file: Path, where: str) -> service.Rubric:

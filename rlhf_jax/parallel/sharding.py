@@ -4,6 +4,7 @@ rules on their paths.
 With several processes each of them passes the same whole arrays, and keeps the part of its devices.
 """
 
+import contextlib
 import math
 import re
 from collections.abc import Sequence
@@ -88,6 +89,11 @@ def is_set(mesh: Mesh) -> bool:
     """
     is_accelerated = mesh.devices.flat[0].platform != "cpu"
     return is_cut(mesh) or (is_accelerated and mesh.size > 1)
+
+
+def without_mesh() -> contextlib.AbstractContextManager[Any]:
+    """No mesh in a run that has set one: a process computes by itself, on its first device."""
+    return jax.set_mesh(Mesh(np.empty((), object), ()))
 
 
 def shard_rows(mesh: Mesh, batch: Tree) -> Tree:

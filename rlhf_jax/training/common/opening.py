@@ -234,7 +234,9 @@ def _compare(name: str, config: RunConfig, data: Mapping[str, str], python: read
     # Hosts may have others; the fingerprint tells folders of models apart, but not names.
     for key in ("output_dir", "processes", "cpu", "threads", *(data.keys() & {"model"})):
         del facts[key]
-    first, *others = processes.gather(lambda: facts)
+    found = processes.gather(lambda: facts)
+    known = next((of["git"] for of in found if of["git"]), None)  # a host may lack git
+    first, *others = [of | {"git": of["git"] or known} for of in found]
     differ = [
         f"{key} is {value} in process 0 and {of_other} in process {number}"
         for number, other in enumerate(others, start=1)

@@ -1,7 +1,10 @@
 """A reward model of a folder, as rewards call it."""
 
+import contextlib
 import functools
+from typing import Any
 
+import jax
 import numpy as np
 
 from rlhf_jax import models, policies, rewards
@@ -12,6 +15,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.generation.generator import LanguageModel
 from rlhf_jax.graders import spec
 from rlhf_jax.models import hf
+from rlhf_jax.parallel import sharding
 from rlhf_jax.training.common import layout
 from rlhf_jax.training.common.initial import check_positions, compute_options
 from rlhf_jax.types import ScoreFn
@@ -46,7 +50,9 @@ def load_reward_model(
     options = compute_options(compute, layers)
     own = tokenizers.load_tokenizer(source).fingerprint
     reads_texts = policy is not None and own != policy
-    loaded = LanguageModel.load(source, **options, shardings=None if reads_texts else place)
+    apart = sharding.without_mesh if reads_texts else contextlib.nullcontext
+    with apart():
+        loaded = LanguageModel.load(source, **options, shardings=None if reads_texts else place)
     model, params, tokenizer = loaded
     if "score" not in params:
         raise UserError(
@@ -65,7 +71,12 @@ def load_reward_model(
         prompt = encoding.answered_ids(longest, "", tokenizer, f"{source}: the longest prompt")
         check_positions(f"{what} has another tokenizer and", model, len(prompt) + 1)
     at_once = score_rows or TEXTS_AT_ONCE
-    score_texts = functools.partial(loaded.score_texts, batch_size=at_once, length=length)
+    is_local = all(x.is_fully_addressable or x.is_fully_replicated for x in jax.tree.leaves(params))
+
+    def score_texts(conversations: Any, responses: Any) -> np.ndarray:
+        with apart():
+            return loaded.score_texts(conversations, responses, at_once, length)
+
     if scores_steps:
         at_tokens = models.score_fn(model, one_text=True, at_tokens=True)
         texts = (tokenizer.decode([token]) for token in range(tokenizer.vocab_size))
@@ -80,7 +91,8 @@ def load_reward_model(
     else:
         in_groups = functools.partial(scorer_of_groups, model, score_rows=score_rows)
     score_fn = policies.by_rows(score_fn, score_rows)
-    return spec.RewardModel(score_fn, params, own, score_texts, in_groups)
+    # Of a model that is cut over processes each has other texts.
+    return spec.RewardModel(score_fn, params, own, score_texts if is_local else None, in_groups)
 
 
 def for_texts_of(tokenizer: tokenizers.Tokenizer, template: str, length: int) -> spec.Load:
