@@ -217,7 +217,7 @@ def test_every_stage_in_two_processes_gives_the_bytes_of_one(names, tmp_path, mo
         else:
             two, one = map(results, folders)
             assert two == one, (name, [file for file in one if one[file] != two.get(file)])
-            assert "model/model.safetensors" in one or name == "pipeline", name
+            assert any(file.endswith("model.safetensors") for file in one), name
 
 
 @pytest.mark.parametrize(
