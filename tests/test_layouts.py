@@ -45,7 +45,7 @@ from rlhf_jax.data.tokenizers import train_bpe
 from rlhf_jax.errors import UserError
 from rlhf_jax.report import page
 from rlhf_jax.sampling import sharded
-from rlhf_jax.training.common import initial
+from rlhf_jax.training.common import initial, setup
 from rlhf_jax.training.common import layout as device_layout
 from rlhf_jax.training.common.layout import Layout
 from rlhf_jax.training.common.progress import Progress
@@ -324,6 +324,7 @@ def test_a_run_cuts_its_weights(folder, monkeypatch, capsys):
     """PPO on two groups of two devices: nothing is whole anywhere, and an update sends weights and
     sums alone.
     """
+    setup._say_once.cache_clear()
     probe = Probe(monkeypatch)
     mesh = Mesh(-1, 2, 2)
     steps = replace(config(folder).rl, num_iterations=1, validation_fraction=0.0, batch_size=4)
