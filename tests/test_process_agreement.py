@@ -157,6 +157,13 @@ def test_parts_that_one_process_has_are_counted_over_their_rows(monkeypatch):
         assert rows == [[0, 1, 0, 0, 0], [0, 0, 2, 0, 0], [0, 1, 1, 1, 0], [0, 0, 0, 0, 4]]
 
 
+def test_scores_in_another_order_than_their_rows_are_refused(monkeypatch):
+    turned = lambda tree: jax.tree.map(lambda x: x[::-1], tree)  # noqa: E731
+    monkeypatch.setattr(processes, "gather_rows", turned)
+    with pytest.raises(TrainingFault, match="order of their rows"):
+        scored(by_row([1.0, 2.0, 3.0, 4.0]))
+
+
 def test_an_error_of_a_reward_in_one_process_ends_all(monkeypatch):
     threads = Threads(2, monkeypatch)
 
