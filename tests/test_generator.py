@@ -147,6 +147,8 @@ def test_texts_log_probs_and_rewards_are_those_of_a_full_forward_pass(folders, g
         expected = [log_probs[t, token] for t, token in enumerate(answer)]
         np.testing.assert_allclose(generations.token_log_probs[i], expected, atol=1e-4)
         assert generations.log_probs[i] == pytest.approx(float(sum(expected)), abs=1e-4)
+        if not generations.finished[i]:  # the reward model reads the end that was cut
+            tokens[0, length], mask[0, length] = tokenizer.eos_id, True
         rewarded = float(score(judge_params, tokens, mask, None)[0])
         assert generations.rewards[i] == pytest.approx(rewarded, abs=1e-4)
     lengths = np.array([len(log_probs) for log_probs in generations.token_log_probs])
@@ -180,7 +182,7 @@ def test_short_prompts_do_not_wait_for_long_ones(generator, generations, monkeyp
     monkeypatch.setattr(module, "_sampler", watched)
 
     def watched_scorer(model, *closing):
-        return lambda *args: (widths.append(args[1].shape), scorer(model)(*args))[1]
+        return lambda *args: (widths.append(args[1].shape), scorer(model, *closing)(*args))[1]
 
     monkeypatch.setattr(module, "_scorer", watched_scorer)
     monkeypatch.setattr(generator, "batch_size", 4)
@@ -244,7 +246,7 @@ def test_greedy_takes_the_likeliest_token_and_no_reward_model_gives_no_rewards(f
 
 
 def test_a_prompt_may_fill_the_room_and_not_a_token_more(generator):
-    room = 40 - NEW - len(":")  # of the reward model, the shorter one
+    room = 40 - NEW - len(":") - 1  # of the reward model, the shorter one, which reads an end
     assert len(generator.ask([Row("a" * room, (), "")]).ids[0]) == generator.room
     with pytest.raises(
         UserError, match=rf"prompts\[1\], 'aaa.*': has {room + 2} tokens, and {room + 1} are"

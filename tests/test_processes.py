@@ -438,8 +438,7 @@ def test_scores_that_are_cut_over_processes_are_normalised(apart):
     scores = np.array([[1.0], [2.0], [3.0], [6.0]], np.float32)
     cut = sharding.shard_rows(sharding.make_mesh(2), scores)
     ids = np.ones((4, 3), np.int32)
-    rollout = SimpleNamespace(tokens=ids, attention_mask=ids, response_mask=ids)
-    normalized = normalization.normalize(lambda params, _: cut, {"score": {}}, rollout)
+    normalized = normalization.normalize(lambda params, _: cut, {"score": {}}, ids, ids)
     head = jax.tree.map(float, normalized["score"])
     assert head == pytest.approx({"gain": 3.5**-0.5, "shift": -3 * 3.5**-0.5})
 

@@ -146,6 +146,35 @@ def test_a_reward_model_of_another_tokenizer_scores_texts(tmp_path):
     assert_allclose(scores, 2 * np.array(alone) + lengths, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["qwen2.5", "llama3"])
+@pytest.mark.parametrize("group_size", [1, 2])
+def test_the_score_of_an_answer_that_was_cut_is_read_at_an_end(family, group_size, tmp_path):
+    """As all answers that the model was trained on have one; also beside a shared prompt."""
+    folder = save_judge(tmp_path, family)
+    judge = LanguageModel.load(folder)
+    tokenizer = judge.tokenizer
+    end = chat.end_of_response(chat.AUTO, tokenizer)
+    prompt = list(chat.template_of(tokenizer).prompt(ASKED[0], ""))
+    answers = [tokenizer.encode("no"), [*tokenizer.encode("maybe")[:1], end]]
+
+    def padded(rows):
+        """[2, T], with the responses in the same columns."""
+        width = max(map(len, rows))
+        tokens = np.array([[*prompt, *row, *[0] * (width - len(row))] for row in rows])
+        lengths = len(prompt) + np.array([[len(row)] for row in rows])
+        return tokens, (np.arange(tokens.shape[1]) < lengths).astype(np.int32)
+
+    tokens, mask = padded(answers)
+    expected = scorer(judge.model)(judge.params, *padded([[*answers[0], end], answers[1]]), None)
+    assert abs(float(expected[0] - scorer(judge.model)(judge.params, tokens, mask, None)[0])) > 0.01
+    made = Rollout(tokens, mask, mask, mask, prompt_length=len(prompt), group_size=group_size)
+    own = {"compute": Compute(), "policy": tokenizer.fingerprint}
+    for in_chat in (True, False):
+        loaded = reward_models.load_reward_model(folder, **own, in_chat=in_chat)
+        reward = rewards.from_model(loaded.score_fn, loaded.params, loaded.in_groups)
+        assert_allclose(reward(made)[0], expected, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("is_ours", [True, False])
 def test_where_a_score_stands_is_a_property_of_the_folder(is_ours, tmp_path, write):
@@ -185,8 +214,7 @@ def assert_traced(folder, tokenizer, expected, at_end, is_ours):
     """The scores of rollouts of the same tokenizer, in a chat template and without one."""
     prompt = chat.template_of(tokenizer).prompt(ASKED[0], "")
     ids = [[*tokenizer.encode(text), tokenizer.eos_id] for text in SAID]
-    if not is_ours:
-        ids[0] = ids[0][:-1]  # cut: the template ends the turn
+    ids[0] = ids[0][:-1]  # cut: the reward model reads the end of the turn nevertheless
     rows = [[*prompt, *response] for response in ids]
     padded = encoding.left_padded(rows, width=64, pad_id=tokenizer.pad_id)
     tokens, mask = (np.roll(array, -4, axis=1) for array in padded)  # pads on both sides
@@ -384,17 +412,17 @@ def policy_of(folder, **more):
 
 @pytest.mark.parametrize(
     ("length", "is_ours", "fits"),
-    [(79, True, False), (80, True, True), (80, False, False), (90, False, True)],
+    [(80, True, False), (81, True, True), (80, False, False), (90, False, True)],
 )
 def test_chat_and_generate_refuse_a_reward_model_that_reads_less_than_the_policy(
     length, is_ours, fits, tmp_path
 ):
-    """One of others reads the end of the turn too."""
+    """It reads the end of an answer that was cut, and one of others what follows that too."""
     folder = save_judge(tmp_path, max_length=length)
     policy = policy_of(folder)
     if not is_ours:
         as_of_others(folder)
-        length -= len(chat.template_of(policy.tokenizer).closing)
+    length -= 1 if is_ours else len(chat.template_of(policy.tokenizer).closing)
     if fits:
         assert asking.reward_of([folder], policy, ()).fn is not None
         return
@@ -421,7 +449,7 @@ def test_a_policy_leaves_room_for_what_its_reward_model_reads_behind_an_answer(t
     body["wpe"] = {"embedding": np.zeros((128, 8), np.float32)}
     chat_families.write(tmp_path / "policy", "qwen2.5")
     models.save(tmp_path / "policy", wide, body)
-    assert Generator(tmp_path / "policy", folder, max_new_tokens=4).room == 60
+    assert Generator(tmp_path / "policy", folder, max_new_tokens=4).room == 59
     as_of_others(folder)
     closing = chat.template_of(load_tokenizer(folder)).closing
     room = Generator(tmp_path / "policy", folder, max_new_tokens=4).room

@@ -186,7 +186,8 @@ def test_a_reward_model_computes_the_prompts_of_a_rollout_once():
     found, _ = program.lower().compile()(rollout)
     _, expected = scores(LONGEST, 1)
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    by_rows = reward_models.scorer_of_groups(model, score_rows=G, prompt_length=P, group_size=G)
+    _, in_groups = reward_models.scorers(model, G)
+    by_rows = in_groups(prompt_length=P, group_size=G)
     found = jax.jit(by_rows)(params, tokens, mask, None)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 

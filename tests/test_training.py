@@ -5,6 +5,7 @@ and what they save.
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from builders import (
 )
 from numpy.testing import assert_allclose, assert_array_equal
 
-from rlhf_jax import Rollout, models, sharding, training
+from rlhf_jax import models, sharding, training
 from rlhf_jax.cli import quickstart
 from rlhf_jax.config import (
     Compute,
@@ -35,12 +36,13 @@ from rlhf_jax.config import (
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.generation.generator import LanguageModel
+from rlhf_jax.models import hf as model_files
 from rlhf_jax.training.common import initial, layout, saving
 from rlhf_jax.training.common.initial import Trainable
 from rlhf_jax.training.common.opening import open_run
 from rlhf_jax.training.common.saving import finish
 from rlhf_jax.training.common.setup import set_up
-from rlhf_jax.training.supervised import normalization, reading
+from rlhf_jax.training.supervised import normalization, reading, reward_model
 
 
 @stages()
@@ -126,10 +128,51 @@ def test_scores_get_mean_0_and_variance_1():
         return params["score"]["gain"] * raw + params["score"]["shift"]
 
     params = {"score": {"gain": jax.numpy.float32(2.0), "shift": jax.numpy.float32(5.0)}}
-    samples = Rollout(*[np.ones((3, 2))] * 4)
-    normalised = normalization.normalize(score, params, samples)
+    normalised = normalization.normalize(score, params, *[np.ones((3, 2))] * 2)
     expected = (np.array([[1.0], [3.0], [8.0]]) - 4.0) / np.sqrt(26 / 3)
     assert_allclose(score(normalised, None), expected, rtol=1e-6)
+
+
+TEXTS = characters("abc")
+ENDED, CUT = [*TEXTS.encode("ab"), TEXTS.eos_id], TEXTS.encode("abc")
+
+
+@pytest.mark.parametrize(
+    ("answers", "where"),
+    [
+        ([ENDED, ENDED, ENDED, CUT], model_files.END_OF_TURN),
+        ([ENDED, CUT, CUT, CUT], model_files.LAST_TOKEN),
+    ],
+)
+def test_a_score_stands_where_the_answers_that_were_trained_on_end(answers, where, monkeypatch):
+    """Of four samples, of which two were cut, the scores are those that RL will read."""
+    columns = [[np.array(text) for text in answers[:2]], [np.array(text) for text in answers[2:]]]
+    model = SimpleNamespace(tokenizer=TEXTS)
+    source = SimpleNamespace(model="base", text=Text())
+    run = SimpleNamespace(layout=SimpleNamespace(jit=None))
+    job = SimpleNamespace(
+        encoded=SimpleNamespace(tokens=columns), language_model=model, source=source, run=run
+    )
+    assert reward_model.score_position(job) == where
+    read = []
+
+    def score(params, comparisons):
+        mask = np.asarray(comparisons.attention_mask)[:, 0]
+        read.extend(
+            row[row_mask != 0].tolist()
+            for row, row_mask in zip(np.asarray(comparisons.tokens)[:, 0], mask, strict=True)
+        )
+        return mask.sum(axis=1, keepdims=True)
+
+    tokens = np.array([ENDED, CUT])
+    samples = SimpleNamespace(tokens=tokens, attention_mask=np.ones_like(tokens))
+    monkeypatch.setattr(normalization, "base_samples", lambda job, number: samples)
+    monkeypatch.setattr(normalization.scoring, "answer_scorer", lambda *args, **how: score)
+    learner = SimpleNamespace(start=SimpleNamespace(bind=lambda fn: fn), fn=None)
+    members = {"": {"score": {"gain": jnp.float32(1), "shift": jnp.float32(0)}}}
+    reads_end = where == model_files.END_OF_TURN
+    normalization.normalize_members(job, learner, members, 2, reads_end)
+    assert read == [ENDED, [*CUT, TEXTS.eos_id] if reads_end else CUT]
 
 
 @pytest.mark.parametrize(

@@ -123,10 +123,8 @@ def judge_positions(entry: str) -> int:
         for folder in spec.members(source) or [source]:
             if (folder / "config.json").is_file():
                 config = hf.read_config(folder)
-                closing: list[int] = []
-                if not hf.scores_turns(config):
-                    closing = chat.template_of(load_tokenizer(folder), chat.AUTO).closing
-                positions.append(config.max_length - len(closing))
+                reads = generator.closing(config, load_tokenizer(folder), in_chat=True)
+                positions.append(config.max_length - len(reads))
     return min(positions)
 
 

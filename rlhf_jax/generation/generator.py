@@ -229,13 +229,8 @@ class LanguageModel(NamedTuple):
         return converse(environment, until_stop, prompts, numbers)
 
     def closing(self, in_chat: bool) -> tuple[int, ...]:
-        """What a reward model has to read behind an answer in its chat template: the end of the
-        turn and what follows it, if it was trained on whole conversations. Empty for one of ours,
-        whose score stands at the end of the turn, and for texts that no chat template made.
-        """
-        if not in_chat or hf.scores_turns(self.model.config):
-            return ()
-        return tuple(chat.template_of(self.tokenizer, chat.AUTO).closing)
+        """As `closing`, of a reward model."""
+        return closing(self.model.config, self.tokenizer, in_chat)
 
     def score_texts(
         self,
@@ -273,6 +268,21 @@ class LanguageModel(NamedTuple):
         padded = pad_prompts(texts, self.model.config.max_length, self.tokenizer.pad_id)
         score = functools.partial(_scorer(self.model), self.params)
         return _by_length(score, batch_size, padded.tokens, padded.attention_mask)
+
+
+def closing(config: Any, tokenizer: tokenizers.Tokenizer, in_chat: bool) -> tuple[int, ...]:
+    """The ids that a reward model reads behind an answer that ``max_new_tokens`` cut, and in the
+    place of another end: those that stood there when it was trained. One of ours reads the end of
+    the answer, one of others all that its chat template writes there, and without one nothing.
+
+    in_chat: the policy's prompts are in a chat template.
+    """
+    position = config.other_keys.get("score_position")
+    if position in (hf.STEP_ENDS, hf.LAST_TOKEN):
+        return ()
+    if hf.scores_turns(config):
+        return (chat.end_of_response(chat.AUTO, tokenizer),)
+    return tuple(chat.template_of(tokenizer, chat.AUTO).closing) if in_chat else ()
 
 
 def pad_prompts(

@@ -65,6 +65,7 @@ END_OF_TURN = "end_of_turn"
 """The ``score_position`` of our reward models: the score stands at the token that ends the answer.
 In any other folder it stands at the end of all that the chat template writes."""
 STEP_ENDS = "step_ends"  # of a process reward model: a score at the end of each step of the answer
+LAST_TOKEN = "last_token"  # of one that was trained on answers without an end
 _OUTPUT_TABLE = ("lm_head", "embedding")  # its path in params
 _SIZES = (
     "vocab_size",
@@ -151,8 +152,8 @@ def save(
             folder has no output table of its own) and "value" (value_head.safetensors).
         file_bytes: weights that take more are written as several files with an index.
         both_tables: a tied output table is also written under its own name.
-        score_position: `END_OF_TURN` or `STEP_ENDS`, where a reward model's score stands; None: it
-            was not trained here and reads the whole text of its chat template.
+        score_position: `END_OF_TURN`, `STEP_ENDS` or `LAST_TOKEN`, where a reward model's score
+            stands; None: it was not trained here and reads the whole text of its chat template.
 
     Raises:
         ValueError: if ``params`` holds anything else, or lacks something; or the score has a shift
@@ -354,7 +355,7 @@ def read_config(folder: Path) -> ModelConfig:
     if not names.is_number(shift):
         raise UserError(f"{file}: reward_shift is {shift!r}, expected a number")
     position = config.other_keys.get("score_position", END_OF_TURN)
-    known = (END_OF_TURN, STEP_ENDS)
+    known = (END_OF_TURN, STEP_ENDS, LAST_TOKEN)
     if position not in known:
         raise UserError(f"{file}: score_position is {position!r}, expected one of {known} or none")
     return config

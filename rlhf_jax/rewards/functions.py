@@ -106,37 +106,50 @@ def _step_rewards(score_fn: Any, params: Params, ends: Array, rollout: Rollout) 
     return ops.masked(jax.nn.sigmoid(scores), step_end), {"step_end": ops.float32(step_end)}
 
 
-def behind_turns(score_fn: ScoreFn, *, closing: Sequence[int], ends: Sequence[int]) -> ScoreFn:
-    """The ScoreFn of texts with what a chat template writes at their end: for models that were
-    trained on whole conversations.
-
-    Args:
-      closing: the id that ends a turn, and those that follow it. They stand behind the last token
-        of a text, or in its place if that is one of ``ends``.
-    """
-    ids = jnp.asarray(closing, jnp.int32)
+def behind_turns(
+    score_fn: ScoreFn, *, closing: Sequence[int], ends: Sequence[int], prompt_length: int = 0
+) -> ScoreFn:
+    """The ScoreFn of texts that end as those that the model was trained on: see ``close_turns``."""
+    close = functools.partial(close_turns, closing=closing, ends=ends, prompt_length=prompt_length)
 
     def score(
         params: Params, tokens: Array, attention_mask: Array, key: DropoutKey = None
     ) -> Array:
-        chex.assert_rank([tokens, attention_mask], 2)
-        wider = ((0, 0), (0, len(closing)))
-        tokens = jnp.pad(tokens, wider)
-        attention_mask = jnp.pad(attention_mask, wider)
-        columns = jnp.arange(tokens.shape[1])[None]
-        is_real = attention_mask != 0
-        last = jnp.max(jnp.where(is_real, columns, 0), axis=1, keepdims=True)
-        last_tokens = jnp.take_along_axis(tokens, last, axis=1)
-        is_ended = jnp.isin(last_tokens, jnp.asarray(ends))
-        place = columns - jnp.where(is_ended, last, last + 1)
-        is_present = is_real.any(axis=1, keepdims=True)
-        closes = is_present & (place >= 0) & (place < len(closing))
-        closed = ids[jnp.clip(place, 0, len(closing) - 1)]
-        tokens = jnp.where(closes, closed, tokens)
-        attention_mask = jnp.where(closes, 1, attention_mask)
-        return score_fn(params, tokens, attention_mask, key)
+        return score_fn(params, *close(tokens, attention_mask), key)
 
     return score
+
+
+def close_turns(
+    tokens: Array,
+    attention_mask: Array,
+    *,
+    closing: Sequence[int],
+    ends: Sequence[int],
+    prompt_length: int = 0,
+) -> tuple[Array, Array]:
+    """The texts [B, T] and their mask with ``closing`` behind them, [B, T + len(closing)]: what a
+    chat template writes there, or the EOS that an answer which was cut lacks.
+
+    Args:
+      closing: the id that ends a turn, and those that follow it. They stand behind the last token
+        of a text, or in its place if that is one of ``ends``.
+      prompt_length: no column before it changes.
+    """
+    chex.assert_rank([tokens, attention_mask], 2)
+    wider = ((0, 0), (0, len(closing)))
+    tokens = jnp.pad(tokens, wider)
+    attention_mask = jnp.pad(attention_mask, wider)
+    columns = jnp.arange(tokens.shape[1])[None]
+    is_real = attention_mask != 0
+    last = jnp.max(jnp.where(is_real, columns, 0), axis=1, keepdims=True)
+    last_tokens = jnp.take_along_axis(tokens, last, axis=1)
+    is_ended = jnp.isin(last_tokens, jnp.asarray(ends))
+    place = columns - jnp.where(is_ended, last, last + 1)
+    is_present = is_real.any(axis=1, keepdims=True)
+    closes = is_present & (place >= 0) & (place < len(closing)) & (columns >= prompt_length)
+    closed = jnp.asarray(closing, jnp.int32)[jnp.clip(place, 0, len(closing) - 1)]
+    return jnp.where(closes, closed, tokens), jnp.where(closes, 1, attention_mask)
 
 
 def _model_score(

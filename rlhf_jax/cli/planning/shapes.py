@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from rlhf_jax import iteration, models, ops, sampling
+from rlhf_jax import iteration, models, sampling
 from rlhf_jax.algorithms import distill, grpo, ppo, rloo, vpg
 from rlhf_jax.config import RLStage, RunConfig, model_source
 from rlhf_jax.data import batches
@@ -441,8 +441,7 @@ def _reward(case: Case, method: Method, teacher: LanguageModel | None) -> Any:
 
     def load(source: str) -> spec.RewardModel:
         model, params, _ = case.language_model(source)
-        score_fn = ops.by_rows(models.score_fn(model, one_text=True), rows)
-        in_groups = functools.partial(reward_models.scorer_of_groups, model, score_rows=rows)
+        score_fn, in_groups = reward_models.scorers(model, rows, closing=(0,), ends=(0,))
         key = jax.random.key(0)
         shapes = jax.eval_shape(lambda params: models.add_head(key, params, "score"), params)
         return spec.RewardModel(score_fn, shapes, "", in_groups=in_groups)

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -83,14 +84,7 @@ def load_reward_model(
         ends = np.array([formats.STEP_END in text for text in texts])
         ends[list(tokenizer.eos_ids)] = True
         return spec.RewardModel(policies.by_rows(at_tokens, score_rows), params, own, ends=ends)
-    score_fn = models.score_fn(model, one_text=True)
-    in_groups = None
-    if closing:
-        # What is put in the place of a last token could change the prompt of one row alone.
-        score_fn = rewards.behind_turns(score_fn, closing=closing, ends=tokenizer.eos_ids)
-    else:
-        in_groups = functools.partial(scorer_of_groups, model, score_rows=score_rows)
-    score_fn = policies.by_rows(score_fn, score_rows)
+    score_fn, in_groups = scorers(model, score_rows, closing, tokenizer.eos_ids)
     # Of a model that is cut over processes each has other texts.
     return spec.RewardModel(score_fn, params, own, score_texts if is_local else None, in_groups)
 
@@ -102,11 +96,25 @@ def for_texts_of(tokenizer: tokenizers.Tokenizer, template: str, length: int) ->
     return functools.partial(load, policy=tokenizer.fingerprint, in_chat=in_chat)
 
 
-def scorer_of_groups(
-    model: models.Model, *, score_rows: int | None, prompt_length: int, group_size: int
-) -> ScoreFn:
-    """The ScoreFn of rows that share their prompts, ``score_rows`` at once."""
-    score_fn = models.score_fn(
-        model, prompt_length=prompt_length, group_size=group_size, one_text=True
-    )
-    return policies.by_rows(score_fn, score_rows, group_size=group_size)
+def scorers(
+    model: models.Model,
+    score_rows: int | None,
+    closing: Sequence[int] = (),
+    ends: Sequence[int] = (),
+) -> tuple[ScoreFn, Callable[..., ScoreFn]]:
+    """The ScoreFn of texts, ``score_rows`` at once, and ``(*, prompt_length, group_size)`` -> that
+    of rows that share their prompts. Both read ``closing`` behind an answer, or in the place of
+    one of ``ends`` (``rewards.behind_turns``).
+    """
+
+    def of_groups(*, prompt_length: int = 0, group_size: int = 1) -> ScoreFn:
+        score_fn = models.score_fn(
+            model, prompt_length=prompt_length, group_size=group_size, one_text=True
+        )
+        if closing:
+            score_fn = rewards.behind_turns(
+                score_fn, closing=closing, ends=ends, prompt_length=prompt_length
+            )
+        return policies.by_rows(score_fn, score_rows, group_size=group_size)
+
+    return of_groups(), of_groups

@@ -125,4 +125,4 @@ class Task:
         lambda job, learner, state: {"": state.params}
     )  # {folder below model/: parameters to save}
     is_policy: bool = True  # the model writes text; a reward model scores it
-    save: Callable[..., None] = LanguageModel.save
+    save: Callable[[Job], Callable[..., None]] = lambda job: LanguageModel.save

@@ -7,8 +7,10 @@ import numpy as np
 from jax import Array
 from jax.random import fold_in, permutation
 
+from rlhf_jax.data import chat
 from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import logger
+from rlhf_jax.rewards.functions import close_turns
 from rlhf_jax.runs import processes
 from rlhf_jax.training.common import initial
 from rlhf_jax.training.supervised import scoring
@@ -17,10 +19,12 @@ from rlhf_jax.types import Comparisons, Params, Rollout
 
 
 def normalize_members(
-    job: Job, learner: Learner, members: Mapping[str, Params], number: int
+    job: Job, learner: Learner, members: Mapping[str, Params], number: int, reads_end: bool
 ) -> Mapping[str, Params]:
     """The members of an ensemble with normalised scores, over so many samples; as they are if there
     is no base policy.
+
+    reads_end: samples that were cut get the end of a turn, as the answers that were trained on.
     """
     if job.source.model is None:
         logger.info(
@@ -28,8 +32,13 @@ def normalize_members(
         )
         return members
     samples = base_samples(job, number)
+    texts = (samples.tokens, samples.attention_mask)
+    if reads_end:
+        tokenizer = job.language_model.tokenizer
+        end = chat.end_of_response(job.source.text.template, tokenizer)
+        texts = close_turns(*texts, closing=(end,), ends=tokenizer.eos_ids)
     score = scoring.answer_scorer(learner.start.bind(learner.fn), jit=job.run.layout.jit)
-    return {name: normalize(score, params, samples) for name, params in members.items()}
+    return {name: normalize(score, params, *texts) for name, params in members.items()}
 
 
 def base_samples(job: Job, number: int) -> Rollout:
@@ -55,12 +64,15 @@ def base_samples(job: Job, number: int) -> Rollout:
 
 
 def normalize(
-    score: Callable[[Params, Comparisons], Array], params: Params, rollout: Rollout
+    score: Callable[[Params, Comparisons], Array],
+    params: Params,
+    tokens: Array,
+    attention_mask: Array,
 ) -> Params:
-    """The parameters with the gain and shift that normalise the scores of the samples."""
+    """The parameters with the gain and shift that normalise the scores of the samples [N, T]."""
     unit = params["score"] | {"gain": jnp.float32(1.0), "shift": jnp.float32(0.0)}
-    texts = (rollout.tokens, rollout.attention_mask, rollout.response_mask)
-    comparisons = Comparisons(*(array[:, None] for array in texts))  # one answer a row
+    mask = attention_mask[:, None]  # one answer a row
+    comparisons = Comparisons(tokens[:, None], mask, mask)
     found = processes.fetch(score(params | {"score": unit}, comparisons))  # [N, 1]
     scores = np.asarray(found, np.float64)
     mean = scores.mean()

@@ -59,5 +59,5 @@ TASK = replace(
     validate=_validate,
     finish=lambda job, learner, state: {"": state.params},  # log-odds: not normalised
     show=("reward_model/loss", "reward_model/accuracy", "validation/accuracy"),
-    save=partial(LanguageModel.save, score_position=hf.STEP_ENDS),
+    save=lambda job: partial(LanguageModel.save, score_position=hf.STEP_ENDS),
 )

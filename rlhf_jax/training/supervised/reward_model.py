@@ -15,6 +15,8 @@ from rlhf_jax.algorithms import reward_model
 from rlhf_jax.config import ModelSource, RewardModelStage, RunConfig
 from rlhf_jax.data import batches
 from rlhf_jax.errors import UserError
+from rlhf_jax.generation.generator import LanguageModel
+from rlhf_jax.models import hf
 from rlhf_jax.runs import reading
 from rlhf_jax.training.common import memory
 from rlhf_jax.training.common.initial import Rows, Trainable, trainable
@@ -185,7 +187,19 @@ def _finish(job: Job, learner: Learner, state: TrainState) -> Mapping[str, Param
         return members
     from rlhf_jax.training.supervised import normalization
 
-    return normalization.normalize_members(job, learner, members, settings.normalize_samples)
+    reads_end = score_position(job) == hf.END_OF_TURN
+    return normalization.normalize_members(
+        job, learner, members, settings.normalize_samples, reads_end
+    )
+
+
+def score_position(job: Job) -> str:
+    """Where a score stands: at the end of the turn, unless most answers that are trained on have no
+    such end, as token ids may.
+    """
+    ends = np.array(job.language_model.tokenizer.eos_ids)
+    last = [text[-1] for texts in job.encoded.tokens for text in texts if len(text)]
+    return hf.END_OF_TURN if np.isin(last, ends).mean() >= 0.5 else hf.LAST_TOKEN
 
 
 TASK = Task(
@@ -196,6 +210,7 @@ TASK = Task(
     prepare=_prepare,
     validate=_validate,
     finish=_finish,
+    save=lambda job: partial(LanguageModel.save, score_position=score_position(job)),
     show=(
         "reward_model/loss",
         "reward_model/accuracy",

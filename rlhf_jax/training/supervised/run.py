@@ -101,7 +101,7 @@ def run(
             how = initial.sampling_config(config.rl, job.language_model.tokenizer)
         trained = task.finish(job, learner, state)
         of_model = (job.source, job.language_model, learner.start)
-        return finish(job.run, *of_model, trained, row, how=how, save=task.save)
+        return finish(job.run, *of_model, trained, row, how=how, save=task.save(job))
 
 
 def check_memory(job: Job, learner: Learner, state: TrainState, key: jax.Array) -> None:
