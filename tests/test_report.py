@@ -338,7 +338,7 @@ def test_the_verdict_on_a_policy_has_the_share_of_masked_responses(tmp_path):
     assert "75% of the responses masked" in chapter["verdicts"]["run"]
     assert "samples" not in chapter["verdicts"]["run"]  # they are drawn
     number = "n = 4 responses each iteration"
-    assert ("Response length", "1 → 3", "50% not ended", number) in chapter["tiles"]
+    assert ("Answers that ended", "0.5", "", number) in chapter["tiles"]
     [caution] = chapter["cautions"]["run"]
     assert "in 1 of 3 iterations rl.mask_truncated masked every response" in caution
 

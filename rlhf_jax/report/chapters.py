@@ -24,9 +24,15 @@ SAMPLE_COLUMNS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("prompt", "response", "target"), ("score",)),
     (("prompt", "answer", "desirable"), ("response", "log_ratio")),
     (("prompt", "answer"), ("response", "log_ratio")),
-    (("prompt",), ("response", "score")),
+    (("prompt",), ("response", "score", "judge")),
 )
-NUMBERS = ("score", "margin", "log_ratio", "reward/")  # begin the names of columns of numbers
+NUMBERS = (
+    "score",
+    "judge",
+    "margin",
+    "log_ratio",
+    "reward/",
+)  # begin the names of columns of numbers
 
 
 def of(run_records: Sequence[RunRecord]) -> list[dict[str, Any]]:

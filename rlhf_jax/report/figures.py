@@ -32,7 +32,9 @@ MAX_HOVERED = 400  # points of a curve whose values the page shows under the poi
 SIZE = (5.2, 3.3)  # inches; the page scales it
 # Inches around the axes, for numbers of seven characters and a label. Matplotlib's layouts measure
 # them, which takes longer than drawing.
-MARGINS = {"left": 0.9, "right": 0.15, "bottom": 0.5, "top": 0.22}
+MARGINS = {"left": 1.0, "right": 0.15, "bottom": 0.5, "top": 0.22}
+FLAT = 1e-3  # of the values: a smaller span is drawn as so large, else its numbers are too long
+LONGEST = 50  # characters in a line of the legend; a label of the y axis has 35
 PNG_DPI = 160
 STYLE = Path(__file__).with_name("figures.mplstyle")
 
@@ -226,7 +228,7 @@ def _draw(plot: Plot, kind: Literal["svg", "png"], salt: str) -> tuple[bytes, An
         figure = Figure(figsize=SIZE)
         axes = figure.add_subplot()
         title = plot.title if kind == "png" else ""
-        axes.set(xlabel=plot.x_label, ylabel=plot.y_label, title=title)
+        axes.set(xlabel=plot.x_label, ylabel=_cut(plot.y_label, 35), title=title)
         handles = {name: _draw_series(axes, series) for name, series in plot.shown.items()}
         has_bins = any(series.kind == "steps" for series in plot.shown.values())
         if has_bins:
@@ -239,6 +241,10 @@ def _draw(plot: Plot, kind: Literal["svg", "png"], salt: str) -> tuple[bytes, An
             axes.locator_params(axis="x", nbins=8, integer=True, steps=steps, min_n_ticks=1)
         else:
             axes.locator_params(axis="x", nbins=6)  # more labels like -0.025 would touch
+        low, high = axes.get_ylim()
+        short = FLAT * max(abs(low), abs(high)) - (high - low)
+        if short > 0:
+            axes.set_ylim(low - short / 2, high + short / 2)
         if plot.band:
             low, high, label = plot.band
             handles[label] = axes.axhspan(low, high, color="#009e73", alpha=0.13, linewidth=0)
@@ -252,11 +258,12 @@ def _draw(plot: Plot, kind: Literal["svg", "png"], salt: str) -> tuple[bytes, An
         width, height = SIZE
         above = MARGINS["top"] + (0.25 if title else 0.0)
         if len(handles) > 1:
-            columns = min(4, max(1, 50 // (max(map(len, handles)) + 6)))  # 50 letters are a line
+            names = [_cut(name, LONGEST) for name in handles]
+            columns = min(4, max(1, LONGEST // (max(map(len, names)) + 6)))
             rows = math.ceil(len(handles) / columns)
             height += 0.22 * (rows - 1)
             above += 0.22 * rows + 0.06
-            figure.legend(list(handles.values()), list(handles), loc="upper left", ncols=columns)
+            figure.legend(list(handles.values()), names, loc="upper left", ncols=columns)
         figure.set_size_inches(width, height)
         figure.subplots_adjust(
             left=MARGINS["left"] / width,
@@ -268,6 +275,10 @@ def _draw(plot: Plot, kind: Literal["svg", "png"], salt: str) -> tuple[bytes, An
         metadata = ("Software",) if kind == "png" else ("Creator", "Date", "Format", "Type")
         figure.savefig(file, format=kind, dpi=PNG_DPI, metadata=dict.fromkeys(metadata))
     return file.getvalue(), axes
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def _draw_series(axes: Any, series: Series) -> Any:

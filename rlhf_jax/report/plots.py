@@ -80,7 +80,7 @@ def mean(group: Group, name: str) -> np.ndarray:
 
 def curves(groups: Groups) -> tuple[list[Plot], dict[str, float]]:
     """A plot of each metric, training and validation of the same thing together; and the metrics
-    that never change.
+    that never change, without the judge, of which this is a result.
     """
     records = [record for group in groups for record in group.records]
     plots = []
@@ -90,7 +90,8 @@ def curves(groups: Groups) -> tuple[list[Plot], dict[str, float]]:
             name: {value for record in records for value in series(record.metrics, name)[1]}
             for name in members
         }
-        if any(len(different) > 1 for different in values.values()):
+        has_changed = any(len(different) > 1 for different in values.values())
+        if has_changed or base == "validation/judge":
             plots.append(_metric_plot(groups, base, members))
         else:
             constant |= {name: different.pop() for name, different in values.items()}

@@ -3,6 +3,7 @@
 import itertools
 import math
 import shlex
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,9 @@ from rlhf_jax.runs.log import duration
 _LONGEST = 100  # characters of an answer or prompt beside the verdict
 _MOST_REASONS = 3  # why rows were dropped
 _ZERO = 1e-8  # norm of a gradient
+_ANSWERS = 64  # at an end of a run, over which it is said how they are
+_EXPLAINED = 0.8  # correlation: length explains .64 of the variance of the scores
+_MOSTLY = 0.9  # share of answers
 # What manifest.json counts; a ranking has several pairs, a conversation several answers.
 _EXAMPLES = {"sft": "answers", "reward_model": "pairs", "dpo": "pairs", "kto": "answers"}
 # Of the tiles that the sentence has too.
@@ -33,24 +37,25 @@ class Tile(NamedTuple):
 
 def sentence(group: Group) -> str:
     """The main metric of a run, how far it moved, its data and its alerts: "Validation score 0.12 →
-    1.05 in 40 iterations, KL 1.8 of 2 nats, no alert." Of several runs it has the means. If the
-    last value is not of the last iteration, it says of which; of held-out accuracies and scores
-    also on how many rows they rest and whether the change may be chance. If a run did not finish,
-    the sentence before this one says how it ended.
+    1.05 in 40 iterations, KL 1.8 of 2 nats, no alert." Of several runs it has the means. A judge
+    stands before the score. If the last value is not of the last iteration, it says of which; of
+    held-out accuracies and scores also on how many rows they rest and whether the change may be
+    chance. If a run did not finish, the sentence before this one says how it ended.
     """
     steps = sorted({record.steps for record in group.records})
     unit = group.records[0].unit
     length = f"{' or '.join(map(str, steps))} {unit if steps == [1] else f'{unit}s'}"
     measured = _measured(group)
-    parts = [length]
-    if measured:
-        main = measured[0]
-        notes = ", ".join(filter(None, (main.note, main.number)))
-        note = f" ({notes})" if notes else ""
-        parts = [f"{main.label} {main.value}{note} in {length}"]
+    num_main = 2 if measured and measured[0].label == "Judge" else 1
+    main: list[str] = []
+    for tile in measured[:num_main]:
+        notes = ", ".join(filter(None, (tile.note, tile.number)))
+        label = tile.label.lower() if main else tile.label
+        main.append(f"{label} {tile.value}" + (f" ({notes})" if notes else ""))
+    parts = [f"{', '.join(main)} in {length}" if main else length]
     if len(group.records) > 1:
         parts.append(f"mean of {len(group.records)} runs")
-    for tile in measured[1:]:
+    for tile in measured[num_main:]:
         if tile.label in _UNITS:
             name = tile.label if tile.label == "KL" else tile.label.lower()
             parts.append(f"{name} {tile.value.rpartition('→ ')[2]} {tile.note}")
@@ -63,9 +68,10 @@ def sentence(group: Group) -> str:
 
 def cautions(group: Group) -> list[str]:
     """Sentences about runs that cannot have learned what their metrics may seem to say: the rate or
-    the gradient was 0, responses were masked, or most rows of the data were dropped.
+    the gradient was 0, responses were masked or cut, most rows of the data were dropped, length
+    alone explains the score or the accuracy, or the score rose and the judge did not.
     """
-    found = []
+    found: list[str] = []
     for record in group.records:
         rates = series(record.metrics, "lr")[1]
         gradients = series(record.metrics, "grad_norm")[1]
@@ -74,6 +80,8 @@ def cautions(group: Group) -> list[str]:
         num_masked = sum(row.get("response/masked", 0) >= batch for row in record.metrics)
         rows = record.manifest.get("rows", {})
         steps = f"{record.unit}s"
+        found += _gaming(record)
+        ended = _ends_of(record, "response/eos_fraction")
         if rates and not any(rates):
             found.append(f"the learning rate was 0 in each {record.unit}: nothing is learned")
         if num_masked:
@@ -81,11 +89,63 @@ def cautions(group: Group) -> list[str]:
                 f"in {num_masked} of {record.steps} {steps} rl.mask_truncated masked every "
                 "response: nothing is learned from them; raise rl.max_new_tokens"
             )
-        elif num_zero > len(gradients) / 2:
+        elif ended and 1 - ended[1] > _MOSTLY:
+            found.append(
+                f"{1 - ended[1]:.0%} of the last answers did not end within "
+                "rl.max_new_tokens: the score is that of cut texts; raise it, or let a missing end "
+                "cost rl.missing_eos_score"
+            )
+        if num_zero > len(gradients) / 2 and not num_masked:
             found.append(f"the gradient was 0 in {num_zero} of {len(gradients)} {steps}")
         if sum(rows.get("dropped", {}).values()) > rows.get("read", 0) / 2:
             found.append(f"most of the data is not used: {data(record)}")
     return list(dict.fromkeys(found))
+
+
+def _gaming(record: RunRecord) -> Iterator[str]:
+    """Sentences about what else than what is wanted may explain a score or an accuracy."""
+    last = record.last
+    score, judge = (_interval(record, f"validation/{name}") for name in ("score", "judge"))
+    if score and judge and score.low > 0 >= judge.low:
+        how = "fell" if judge.high < 0 else "did not rise beyond noise"
+        yield f"the score rose and the judge {how}: the policy may be gaming the reward"
+    # A policy that has found the best length has no others left at its end.
+    ends = zip(("first", "last"), _ends_of(record, "reward/length_correlation"), strict=False)
+    for when, correlation in ends:
+        if abs(correlation) > _EXPLAINED:
+            which = "longer" if correlation > 0 else "shorter"
+            yield (
+                f"length alone explains the score of the {when} answers: the {which} an answer, "
+                f"the higher it is (correlation {correlation:.2f})"
+            )
+            break
+    # Of a ranking: a rule for its pairs says nothing of its best answer.
+    kind = "pairwise_" if "validation/pairwise_accuracy" in last else ""
+    accuracy, longer = (
+        last.get(f"validation/{kind}{name}") for name in ("accuracy", "length_accuracy")
+    )
+    num = last.get("validation/rows")
+    if accuracy is None or longer is None or not num:
+        return
+    rule = max(longer, 1 - longer)
+    is_rule = metrics.wilson(rule, num=num)[0] > 0.5
+    if is_rule and metrics.share_change(rule, after=accuracy, num=num)[0] <= 0:
+        which = "longer" if longer > 0.5 else "shorter"
+        yield (
+            f"always taking the {which} answer is right in {rule:.0%} of the {num:.0f} held-out "
+            f"rows, the model in {accuracy:.0%}: length alone may explain its accuracy"
+        )
+
+
+def _ends_of(record: RunRecord, name: str) -> list[float]:
+    """The mean of a metric of responses over the first ``_ANSWERS`` of them and over the last;
+    empty if there are fewer.
+    """
+    values = [value for value in series(record.metrics, name)[1] if math.isfinite(value)]
+    num = max(1, math.ceil(_ANSWERS / _batch_size(record)))
+    if len(values) < num:
+        return []
+    return [float(np.mean(values[:num])), float(np.mean(values[-num:]))]
 
 
 def data(record: RunRecord) -> str | None:
@@ -187,10 +247,7 @@ def _measured(group: Group) -> list[Tile]:
             by_length = plots.mean(group, "validation/length_accuracy")
             if name == "validation/accuracy" and by_length.size:
                 notes.append(f"{by_length[-1]:.3g} by the longer answer")
-            ended = plots.mean(group, "response/eos_fraction")
-            if name == "response/length" and ended.size:
-                notes.append(f"{1 - ended[-1]:.0%} not ended")
-            value = last if first == last else f"{first} → {last}"
+            value = last if first == last and not change else f"{first} → {last}"
             rows = "" if change else number(group, name)
             found.append(Tile(label, value, ", ".join(notes), rows))
             break
@@ -216,37 +273,53 @@ def number(group: Group, name: str) -> str:
 
 
 def _change(record: RunRecord, name: str) -> list[str]:
-    """How much a held-out accuracy or score changed, on how many rows or prompts, and whether that
-    may be chance; empty of other metrics, and if the run does not say on how many rows it was
-    measured, or has one validation alone.
+    """How much a metric changed, on how many rows or prompts, and whether that may be chance; empty
+    if ``_interval`` knows none.
     """
-    _, values = series(record.metrics, name)
-    num = record.last.get("validation/rows", 0)
-    if len(values) > 1 and name == "validation/accuracy" and num:
-        unit = "rows"
-        low, high = metrics.share_change(values[0], after=values[-1], num=num)
-    elif len(values) > 1 and name == "validation/score" and len(record.validations) > 1:
-        by_prompt: list[dict[str, list[float]]] = [{}, {}]
-        for scores, (_, rows) in zip(by_prompt, record.validations, strict=True):
-            for row in rows:
-                score = row.get("score")
-                if isinstance(score, float) and math.isfinite(score):
-                    scores.setdefault(str(row.get("prompt")), []).append(score)
-        unit = "prompts"
-        both = sorted(by_prompt[0].keys() & by_prompt[1].keys())
-        num = len(both)
-        if num < 2:
-            return []
-        means = np.array([[np.mean(scores[prompt]) for prompt in both] for scores in by_prompt])
-        low, high = metrics.paired_change(*means)
-        if low == high:
-            return [f"{num} held-out prompts, each changed by {low:.2g}"]
-        if num < metrics.FEW and not metrics.are_shares(means):
-            unit = "prompts (few)"
-    else:
+    found = _interval(record, name)
+    if found is None:
         return []
+    num, unit, low, high = found
+    if low == high:
+        return [f"{num} held-out {unit}, each changed by {low:.2g}"]
     noise = ": within noise" if low <= 0 <= high else ""
     return [f"{num} held-out {unit}, change {low:.2g} to {high:.2g} at 95%{noise}"]
+
+
+class _Interval(NamedTuple):
+    num: int
+    unit: str
+    low: float
+    high: float
+
+
+def _interval(record: RunRecord, name: str) -> _Interval | None:
+    """The 95% interval of the change of a held-out accuracy, score or judge, and on how many rows
+    or prompts; None of other metrics, and if the run does not say on how many rows it was measured,
+    or has one validation alone.
+    """
+    _, values = series(record.metrics, name)
+    if len(values) < 2:
+        return None
+    num = record.last.get("validation/rows", 0)
+    if name == "validation/accuracy" and num:
+        return _Interval(num, "rows", *metrics.share_change(values[0], after=values[-1], num=num))
+    key = name.removeprefix("validation/")
+    if key not in ("score", "judge") or len(record.validations) < 2:
+        return None
+    by_prompt: list[dict[str, list[float]]] = [{}, {}]
+    for scores, (_, rows) in zip(by_prompt, record.validations, strict=True):
+        for row in rows:
+            score = row.get(key)
+            if isinstance(score, float) and math.isfinite(score):
+                scores.setdefault(str(row.get("prompt")), []).append(score)
+    both = sorted(by_prompt[0].keys() & by_prompt[1].keys())
+    if len(both) < 2:
+        return None
+    means = np.array([[np.mean(scores[prompt]) for prompt in both] for scores in by_prompt])
+    low, high = metrics.paired_change(*means)
+    is_few = low < high and len(both) < metrics.FEW and not metrics.are_shares(means)
+    return _Interval(len(both), "prompts (few)" if is_few else "prompts", low, high)
 
 
 def _unit(record: RunRecord, label: str) -> str:

@@ -17,7 +17,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,23 +43,34 @@ Row = Mapping[str, Any]
 _PRINT_EVERY = 10  # steps between lines if there is no terminal
 SILENCE = 15.0  # seconds without a line, at most, if there is no terminal
 SLOW_COMPILE = 5.0  # seconds after which a program that is compiled is named
+SLOW_PHASE = 10.0  # seconds after which a phase is named, then after twice as many, and so on
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 PACE_STEPS = 10  # of which the pace is the mean
 
 
 class Pulse(contextlib.AbstractContextManager["Pulse"]):
-    """Prints lines while a step runs: the name of each program that takes long to compile, and
-    ``status()`` whenever there was no line for ``SILENCE`` seconds.
+    """Prints lines while a step runs: the name of each program that takes long to compile, the name
+    of a phase that takes long, and ``status()`` whenever there was no line for ``SILENCE`` seconds.
+
+        with Pulse() as pulse, pulse.during("sampling 256 answers"):
+            ...
 
     A thread calls ``tick`` every second while the context is open.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        say: Callable[[str], None] = logger.info,
+    ):
         """clock: seconds from any origin."""
         self.clock = clock
+        self._print = say
         self.status: Callable[[], str] | None = None  # None: only programs are named
         self._last_line = clock()
         self._compiling: dict[str, float] = {}  # {program: when it began}
+        self._phase: tuple[str, float] | None = None  # what is done, and when it began
+        self._named_after = SLOW_PHASE
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
@@ -83,14 +94,31 @@ class Pulse(contextlib.AbstractContextManager["Pulse"]):
         """Whether the last line is ``SILENCE`` seconds old."""
         return self.clock() - self._last_line >= SILENCE
 
+    @contextlib.contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """A phase between steps, or of a command without steps, in a few words."""
+        self._named_after = SLOW_PHASE
+        self._phase = phase, self.clock()
+        try:
+            yield
+        finally:
+            self._phase = None
+
     def tick(self) -> None:
         """Prints the lines that are due."""
         for name, began in list(self._compiling.items()):
             if self.clock() - began >= SLOW_COMPILE:
                 self._compiling.pop(name, None)  # it is named once
                 self._say(f"compiling the program {name}")
-        if self.status is not None and self.is_due():
-            self._say(self.status())
+        phase = self._phase  # its end may come meanwhile
+        status = self.status if self.is_due() else None
+        if phase is not None:
+            waited = self.clock() - phase[1]
+            if waited >= self._named_after or status is not None:
+                self._named_after = 2 * waited
+                self._say(f"{phase[0]}: {duration(waited)} so far")
+        elif status is not None:
+            self._say(status())
 
     def compile_began(self, event: str, value: float, **about: Any) -> None:
         """A listener of ``jax.monitoring``."""
@@ -105,7 +133,7 @@ class Pulse(contextlib.AbstractContextManager["Pulse"]):
                 self._say(f"compiled the program {_program(about)} in {duration_secs:.0f} s")
 
     def _say(self, line: str) -> None:
-        logger.info(line)
+        self._print(line)
         self.spoken()
 
     def _beat(self) -> None:
@@ -119,9 +147,9 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
 
     On a terminal: the first two of the shown metrics that the run has recorded, a progress bar and
     the time that is left. Elsewhere: a line at the first, every tenth and the last step, and
-    whenever there was none for ``SILENCE`` seconds. Once the run is older than that, the line has
-    the seconds of a step and the time that is left. Lines are messages of the logger ``rlhf_jax``;
-    there is no bar if its level is above INFO.
+    whenever there was none for ``SILENCE`` seconds. On both: a line at each validation. Once the
+    run is older than ``SILENCE``, the line has the seconds of a step and the time that is left.
+    Lines are messages of the logger ``rlhf_jax``; there is no bar if its level is above INFO.
     """
 
     def __init__(
@@ -183,7 +211,8 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
         self._ends.append((step, now))
         is_last = step >= self._total
         due = not self._printed or step % _PRINT_EVERY == 0 or is_last or self._pulse.is_due()
-        if due and not self._progress.console.is_terminal:
+        due = due and not self._progress.console.is_terminal
+        if due or any(name.startswith("validation/") and name in numbers for name in self._show):
             is_old = now - self._started >= SILENCE
             pace = f"  {self.pace()}" if is_old and not is_last else ""
             logger.info(f"{self._label} {step}/{self._total}  {line}{pace}".strip())

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import logging
 import re
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from rlhf_jax.errors import UserError, logger
 from rlhf_jax.models import hf
 from rlhf_jax.parallel import sharding
 from rlhf_jax.runs import devices
+from rlhf_jax.runs.log import Pulse
 from rlhf_jax.training.common import initial, memory, remat
 from rlhf_jax.training.common.layout import Layout, row_parts
 from rlhf_jax.training.rl.job import rows_at_once
@@ -340,12 +342,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     length = given.length
     level = logger.level
     logger.setLevel(logging.WARNING)  # what a run says of its data and rates
+    pulse = Pulse(say=functools.partial(show, file=sys.stderr, flush=True))
     try:
-        if length is None or settings.model is None:
-            settings, found = read_data(settings, stage)
-            length = length or found
-        settings = choose_remat(settings, stage, length, limit or devices.memory_limit())
-        verdict, about, *lines = report(settings, stage, length, limit or None)
+        with pulse, pulse.during("reading the data and compiling the programs of the stage"):
+            if length is None or settings.model is None:
+                settings, found = read_data(settings, stage)
+                length = length or found
+            settings = choose_remat(settings, stage, length, limit or devices.memory_limit())
+            verdict, about, *lines = report(settings, stage, length, limit or None)
     finally:
         logger.setLevel(level)
     about_length = describe_length(stage, given.length, length)

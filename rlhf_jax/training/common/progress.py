@@ -428,7 +428,8 @@ class Progress(AbstractContextManager["Progress"]):
                 self.tracker.samples(self.done, self.sample(self.state))
             return {}
         started = time.perf_counter()
-        metrics, samples = self.validate(self.state)
+        with self._pulse.during(f"validation after step {self.done}"):
+            metrics, samples = self.validate(self.state)
         self.tracker.samples(self.done, samples)
         self.tracker.timing(self.done, {"timing/validation": time.perf_counter() - started})
         is_read = self.patience.used or self.run.config.keep_best

@@ -44,6 +44,7 @@ SHOWN = (
     "kl/coef",
     "response/length",
     "validation/score",
+    "validation/judge",
 )
 
 

@@ -67,7 +67,7 @@ def validate(job: "Job", state: LoopState) -> Validation:
         metrics |= win_rate(of_pairs.rollout, batch.rows)
     if job.method.settings.validation_samples > 1:
         metrics |= of_several(job, sampled, processes.fetch(scored.rollout), batch)
-    samples = _samples(policy, sampled, scored, batch)
+    samples = _samples(policy, sampled, scored, batch, verdict)
     shown = [row for row in samples if row["score"] is not None]
     for row in shown[: job.method.settings.show_examples]:
         logger.info(
@@ -168,15 +168,16 @@ def of_several(job: "Job", sampled: Rollout, rollout: Any, batch: Batch) -> Metr
 
 
 def _samples(
-    policy: LanguageModel, sampled: Rollout, scored: Scored, batch: Batch
+    policy: LanguageModel, sampled: Rollout, scored: Scored, batch: Batch, verdict: Scored | None
 ) -> list[dict[str, Any]]:
     """The rows of samples.jsonl, one for each row that is not missing, nor taken out by the filter;
-    the score of an unscored one is None.
+    the score of an unscored one, and the judge's of one that it left unscored, is None.
     """
     before = processes.fetch(sampled)
     rollout = processes.fetch(scored.rollout)
     texts = generator.responses(before, policy.tokenizer, with_replies=True)
     scores = np.asarray(rollout.scores)
+    judged: Any = None if verdict is None else processes.fetch(verdict.rollout)
     lengths = np.sum(before.mask, axis=1)
     samples = []
     for i in np.flatnonzero(before.present):
@@ -200,6 +201,8 @@ def _samples(
         if reason is not None:
             row["score"] = None
             row["unscored"] = reason
+        if judged is not None:
+            row["judge"] = float(judged.scores[i]) if judged.present[i] else None
         row |= _components(rollout, int(i))
         if scored.verdicts is not None:
             row["unsafe"] = unsafe

@@ -12,6 +12,7 @@ from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import logger
 from rlhf_jax.rewards.functions import close_turns
 from rlhf_jax.runs import processes
+from rlhf_jax.runs.log import Pulse
 from rlhf_jax.training.common import initial
 from rlhf_jax.training.supervised import scoring
 from rlhf_jax.training.supervised.job import Job, Learner
@@ -31,14 +32,16 @@ def normalize_members(
             "scores are not normalised: no --model, so there is no base policy to sample from"
         )
         return members
-    samples = base_samples(job, number)
-    texts = (samples.tokens, samples.attention_mask)
-    if reads_end:
-        tokenizer = job.language_model.tokenizer
-        end = chat.end_of_response(job.source.text.template, tokenizer)
-        texts = close_turns(*texts, closing=(end,), ends=tokenizer.eos_ids)
-    score = scoring.answer_scorer(learner.start.bind(learner.fn), jit=job.run.layout.jit)
-    return {name: normalize(score, params, *texts) for name, params in members.items()}
+    doing = f"sampling {number} answers of the base policy to normalise scores"
+    with Pulse() as pulse, pulse.during(doing):
+        samples = base_samples(job, number)
+        texts = (samples.tokens, samples.attention_mask)
+        if reads_end:
+            tokenizer = job.language_model.tokenizer
+            end = chat.end_of_response(job.source.text.template, tokenizer)
+            texts = close_turns(*texts, closing=(end,), ends=tokenizer.eos_ids)
+        score = scoring.answer_scorer(learner.start.bind(learner.fn), jit=job.run.layout.jit)
+        return {name: normalize(score, params, *texts) for name, params in members.items()}
 
 
 def base_samples(job: Job, number: int) -> Rollout:
