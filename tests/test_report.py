@@ -8,12 +8,14 @@ import math
 import re
 from types import SimpleNamespace
 
+import browsing
 import numpy as np
 import pytest
 import yaml
 from builders import COMMAND, HOSTILE, METRICS, SAMPLES, Page, write_run
 from safetensors.numpy import save_file
 
+from rlhf_jax import metrics
 from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
 from rlhf_jax.report import chapters, export, figures, page, plots, records
@@ -363,6 +365,143 @@ def test_a_run_that_cannot_have_learned_says_so(metrics, rows, said, tmp_path):
     assert len(found) == (said is not None)
     assert said is None or said in found[0]
     assert all(caution in " ".join(read_page(tmp_path, run).texts("p")) for caution in found)
+
+
+def judged(scores, judges):
+    """Metrics and samples of two validations, of these scores of each prompt in both."""
+    both = {"score": scores, "judge": judges}
+    metrics = {f"validation/{name}": [float(np.mean(v)) for v in by] for name, by in both.items()}
+    samples = {
+        step: [
+            {"prompt": f"p{i}", "response": "r", "score": score, "judge": judge}
+            for i, (score, judge) in enumerate(zip(scores[step - 1], judges[step - 1], strict=True))
+        ]
+        for step in (1, 2)
+    }
+    return {"metrics": metrics, "samples": samples}
+
+
+def test_a_judge_stands_first_whatever_its_value_and_its_curve_is_open(tmp_path):
+    """Of four changes of 0 among shares, Korn and Graubard's interval of .5 is that of 8 rows."""
+    low, high = metrics.share_interval(np.full(4, 0.5))
+    change = f"4 held-out prompts, change {2 * low - 1:.2g} to {2 * high - 1:.2g} at 95%"
+    given = judged([[1.0, 2.0, 1.0, 2.0], [2.0, 3.5, 2.0, 3.5]], [[0.0] * 4, [0.0] * 4])
+    given["metrics"] |= {"objective/kl": [0.0, 0.5], "objective/score": [1.0, 2.0]}
+    chapter = chapter_of(write_run(tmp_path / "run", **given))
+    [verdict] = chapter["verdicts"].values()
+    said = f"Judge 0 → 0 ({change}: within noise), validation score 1.5 → 2.75 (4 held-out"
+    assert verdict.startswith(said)
+    assert ("Judge", "0 → 0", f"{change}: within noise", "") in chapter["tiles"]
+    shown = [plot.title.partition(": ")[2] for plot in chapter["curves"]]
+    assert shown == ["objective/score", "validation/judge", "objective/kl"]
+    assert chapter["constant"] == {}
+    [table] = chapter["samples"]
+    assert list(table.columns[1:4]) == ["response, step 1", "score, step 1", "judge, step 1"]
+    assert table.formats["judge, step 1"] == ".3g"
+
+
+@pytest.mark.parametrize(
+    ("score", "judge", "said"),
+    [
+        (1.0, 0.0, "judge did not rise"),
+        (1.0, -1.0, "judge fell"),
+        (1.0, 1.0, None),
+        (0.0, -1.0, None),
+    ],
+)
+def test_a_score_that_rises_without_the_judge_is_said(score, judge, said, tmp_path):
+    first = np.arange(20.0) % 3
+    noise = np.tile([0.1, -0.1], 10)  # of a mean of 0 and an interval of .05 around it
+    rows = [(list(first), list(first + change + noise)) for change in (score, judge)]
+    found = chapter_of(write_run(tmp_path / "run", **judged(*rows)))["cautions"]["run"]
+    assert len(found) == (said is not None)
+    assert said is None or said in found[0]
+
+
+@pytest.mark.parametrize(
+    ("correlations", "size", "said"),
+    [
+        ([-0.85, -0.8, -0.3, 0.0], 32, "first answers: the shorter"),
+        ([0.0, 0.0, 0.78, 0.84], 32, "last answers: the longer"),
+        ([-0.9, -0.6, 0.0, 0.0], 32, None),  # the mean over 64 answers is -.75
+        ([-0.9, -0.9, -0.9], 16, None),  # of 48 answers alone
+        ([0.9, 0.0], 64, "first answers: the longer"),
+        ([math.nan, -0.9], 64, "the shorter"),
+    ],
+)
+def test_a_score_that_length_alone_explains_is_said(correlations, size, said, tmp_path):
+    settings = {"rl": {"batch_size": size}}
+    given = {"reward/length_correlation": correlations}
+    run = write_run(tmp_path / "run", settings=settings, metrics=given, samples={})
+    found = chapter_of(run)["cautions"]["run"]
+    assert len(found) == (said is not None)
+    assert said is None or said in found[0]
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "longer", "num", "said"),
+    [
+        (1.0, 0.0, 20, "the shorter answer is right in 100% of the 20"),
+        (0.72, 0.667, 300, "the longer answer is right in 67%"),
+        (0.8, 0.667, 300, None),  # .133 above, of which .07 are noise
+        (0.6, 0.55, 20, None),  # nor is the rule above a coin
+        (0.3, 0.9, 20, "the longer answer is right in 90%"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["", "pairwise_"])
+def test_an_accuracy_that_length_alone_explains_is_said(
+    kind, accuracy, longer, num, said, tmp_path
+):
+    """Of a ranking the pairs count: the best answer may be right, and the longest, by chance."""
+    given = {f"validation/{kind}accuracy": accuracy, f"validation/{kind}length_accuracy": longer}
+    others = {"validation/accuracy": 0.9, "validation/length_accuracy": 0.9} if kind else {}
+    given = {name: [value] for name, value in (others | given | {"validation/rows": num}).items()}
+    run = write_run(tmp_path / "run", stage="reward_model", metrics=given, samples={})
+    found = chapter_of(run)["cautions"]["run"]
+    assert len(found) == (said is not None)
+    assert said is None or said in found[0]
+
+
+@pytest.mark.parametrize(
+    ("ended", "masked", "said"),
+    [
+        ([1.0, 0.02], 0.0, "98% of the last answers did not end"),
+        ([0.0, 0.12], 0.0, None),
+        ([1.0, 0.0], 4.0, "masked every response"),  # and no word of a score
+    ],
+)
+def test_answers_that_nearly_all_are_cut_are_said(ended, masked, said, tmp_path):
+    metrics = {"response/eos_fraction": ended, "response/masked": [masked] * 2}
+    settings = {"rl": {"batch_size": 64 if not masked else 4}}
+    run = write_run(tmp_path / "run", settings=settings, metrics=metrics, samples={})
+    found = chapter_of(run)["cautions"]["run"]
+    assert len(found) == (said is not None)
+    assert said is None or said in found[0]
+
+
+def test_nothing_is_cut_at_the_width_of_a_phone(tmp_path):
+    """With two rewards, one of a long name, a value that hardly changes, and all that is folded."""
+    name = "reward/a_function_with_a_name_as_long_as_those_that_people_write_for_a_reward"
+    values = {"value/return_variance": [1.0, 1.0 + 1e-7, 1.0], name: [1.0, 2.0, 3.0]}
+    rows = [{"prompt": "p", "response": "said", "score": 1.5, "reward/b": 0.5, name: 1.0}] * 4
+    run = write_run(tmp_path / "run", metrics=METRICS | values, samples={0: rows, 3: rows})
+    page.write([run], tmp_path / "out.html")
+    with browsing.chromium() as browser:
+        phone = {"width": 390, "height": 844}
+        opened, errors = browsing.opened(browser, (tmp_path / "out.html").as_uri(), phone)
+        opened.evaluate("document.querySelectorAll('details').forEach(fold => fold.open = true)")
+        assert opened.evaluate(CUT) == []
+        assert errors == []
+
+
+# The texts that stand outside of the window, or of their figure.
+CUT = """[...document.querySelectorAll("main *")].filter(node => {
+    const box = node.getBoundingClientRect(), svg = node.closest("svg");
+    const edge = svg ? svg.getBoundingClientRect() : new DOMRect(0, -1e9, innerWidth, 2e9);
+    return node.textContent.trim() && box.width && node.localName != "g" &&
+        (box.left < edge.left - 1 || box.right > edge.right + 1 ||
+         box.top < edge.top - 1 || box.bottom > edge.bottom + 1);
+}).map(node => `${node.localName}: ${node.textContent.trim().slice(0, 60)}`)"""
 
 
 def test_the_console_ends_with_the_cautions(tmp_path, capsys, pages, undrawn):

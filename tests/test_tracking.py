@@ -6,6 +6,8 @@ import io
 import json
 import math
 import time
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +16,13 @@ import pytest
 import rich.console
 import rich.progress
 
+from rlhf_jax.cli.planning import plan
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs.folder import open_run
 from rlhf_jax.runs.log import COMPILE_EVENT, Pulse, RowWriter, Tracker, duration
 from rlhf_jax.runs.trackers import Services
+from rlhf_jax.training.common.progress import Progress, Validation
+from rlhf_jax.training.supervised import normalization
 
 
 def tracking(run, total, show=(), resume_step=None, pulse=None) -> Tracker:
@@ -172,6 +177,20 @@ def test_progress_on_a_terminal(tmp_path, terminal):
     assert "third" not in said
 
 
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_each_validation_has_a_line(tmp_path, capsys, is_terminal, request):
+    out = request.getfixturevalue("terminal").getvalue if is_terminal else None
+    show = ["score", "validation/judge"]
+    with open_run(tmp_path) as run, tracking(run, total=9, show=show) as tracker:
+        tracker.log(1, {"score": 1.0})
+        tracker.log(2, {"score": 1.0, "validation/other": 1.0})
+        tracker.log(3, {"score": 1.0, "validation/judge": 0.0})
+    said = out() if out else capsys.readouterr().out
+    assert "ppo 3/9  score 1  validation/judge 0" in said
+    assert "ppo 2/9" not in said
+    assert ("ppo 1/9" in said) != is_terminal
+
+
 class Clock:
     """Seconds that a test sets."""
 
@@ -252,6 +271,33 @@ def test_a_step_that_takes_long_is_spoken_of_meanwhile(tmp_path, capsys, clock):
     ]
 
 
+def test_a_phase_is_named_after_ten_seconds_and_then_ever_more_seldom(capsys, clock):
+    pulse = Pulse(clock)
+    for _ in range(2):
+        with pulse.during("sampling 8 answers"):
+            for _ in range(50):
+                clock.now += 1.0
+                pulse.tick()
+        clock.now += 100.0
+        pulse.tick()
+    assert lines_of(capsys) == [f"sampling 8 answers: {s} s so far" for s in (10, 20, 40)] * 2
+
+
+def test_a_phase_of_a_run_is_named_in_place_of_its_step(tmp_path, capsys, clock):
+    """At most ``SILENCE`` seconds pass without a line, also then."""
+    pulse = Pulse(clock)
+    with open_run(tmp_path) as run, tracking(run, total=3, pulse=pulse):
+        with pulse.during("validation"):
+            for _ in range(70):
+                clock.now += 1.0
+                pulse.tick()
+        clock.now += 15.0
+        pulse.tick()
+    *of_phase, of_step = lines_of(capsys)
+    assert of_phase == [f"validation: {s} s so far" for s in (10, 20, 35, 50, 65)]
+    assert of_step.startswith("ppo step 1 of 3 runs")
+
+
 def test_a_terminal_has_no_lines_by_time(tmp_path, capsys, clock, terminal):
     pulse = Pulse(clock)
     with open_run(tmp_path) as run, tracking(run, total=3, pulse=pulse) as tracker:
@@ -308,3 +354,50 @@ def test_the_pulse_hears_what_jax_compiles_and_its_thread_ends(capsys, monkeypat
 )
 def test_durations(seconds, text):
     assert duration(seconds) == text
+
+
+def test_the_phases_that_may_take_long_are_named(tmp_path, monkeypatch, capsys, clock):
+    """What they do takes eleven seconds of a clock."""
+    pulses = []
+    during = Pulse.during
+
+    def work(*arguments):
+        pulses[-1].clock = lambda: clock.now + 11.0
+        pulses[-1].tick()
+        return Validation({}) if not arguments or arguments == (None,) else ["fits", "ppo"]
+
+    def heard(pulse, phase):
+        pulse.clock = clock
+        pulses.append(pulse)
+        return during(pulse, phase)
+
+    monkeypatch.setattr(Pulse, "during", heard)
+    progress = SimpleNamespace(
+        validate=work,
+        state=None,
+        done=4,
+        tracker=Mock(),
+        patience=SimpleNamespace(used=False),
+        run=SimpleNamespace(config=SimpleNamespace(keep_best=None)),
+        _pulse=Pulse(clock),
+    )
+    Progress._validated(progress)
+
+    monkeypatch.setattr(normalization, "base_samples", work)
+    monkeypatch.setattr(normalization.scoring, "answer_scorer", lambda *given, jit: None)
+    job = SimpleNamespace(
+        source=SimpleNamespace(model="m"), run=SimpleNamespace(layout=SimpleNamespace(jit=None))
+    )
+    normalization.normalize_members(job, Mock(), {}, 256)
+    assert lines_of(capsys) == [
+        "validation after step 4: 11 s so far",
+        "sampling 256 answers of the base policy to normalise scores: 11 s so far",
+    ]
+
+    monkeypatch.setattr(plan, "read_data", lambda config, stage: (config, 16))
+    monkeypatch.setattr(plan, "choose_remat", lambda config, *given: config)
+    monkeypatch.setattr(plan, "report", work)
+    plan.main(["ppo", "--config", "tiny", "--devices", "4"])
+    printed = capsys.readouterr()
+    assert printed.out.startswith("fits\nppo\n")  # what others read
+    assert "programs of the stage: 11 s so far" in printed.err

@@ -161,6 +161,8 @@ def test_a_judge_and_groups_are_those_of_the_settings():
     run = grpo_run()
     rows = run.result.rows
     assert {row.get("validation/judge", 2) for row in rows} == {2}
+    samples = metric_rows(run.result.folder, "samples.jsonl")
+    assert {(row["judge"], row["score"]) for row in samples} == {(2, 1), (2, 1.5)}
     assert {row.get("validation/score", 1.2) for row in rows} == {1.2, float(np.float32(1.2))}
     for _, _, row, rollout in run.steps:
         assert row["policy/sampler_gap"] < 1e-4
