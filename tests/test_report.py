@@ -332,12 +332,11 @@ def test_an_accuracy_has_its_margin_its_scale_and_what_moved(how, tmp_path):
     assert MARGINS[how] in verdict
 
 
-def test_the_verdict_on_a_policy_has_the_share_of_masked_responses(tmp_path):
+def test_a_policy_has_the_share_of_answers_that_ended_and_a_caution_if_all_are_masked(tmp_path):
     metrics = METRICS | {"response/masked": [2.0, 4.0, 3.0], "response/eos_fraction": [0.5] * 3}
     metrics |= {"response/length": [1.0, 2.0, 3.0], "grad_norm": [1.0] * 3, "lr": [0.0, 1.0, 1.0]}
     run = write_run(tmp_path / "run", settings={"rl": {"batch_size": 4}}, metrics=metrics)
     chapter = chapter_of(run)
-    assert "75% of the responses masked" in chapter["verdicts"]["run"]
     assert "samples" not in chapter["verdicts"]["run"]  # they are drawn
     number = "n = 4 responses each iteration"
     assert ("Answers that ended", "0.5", "", number) in chapter["tiles"]
@@ -421,12 +420,12 @@ def test_a_score_that_rises_without_the_judge_is_said(score, judge, said, tmp_pa
 @pytest.mark.parametrize(
     ("correlations", "size", "said"),
     [
-        ([-0.85, -0.8, -0.3, 0.0], 32, "first answers: the shorter"),
-        ([0.0, 0.0, 0.78, 0.84], 32, "last answers: the longer"),
+        ([-0.85, -0.8, -0.3, 0.0], 32, "shorter answers score higher (correlation -0.82)"),
+        ([0.0, 0.0, 0.78, 0.84], 32, "longer answers score higher (correlation 0.81)"),
         ([-0.9, -0.6, 0.0, 0.0], 32, None),  # the mean over 64 answers is -.75
         ([-0.9, -0.9, -0.9], 16, None),  # of 48 answers alone
-        ([0.9, 0.0], 64, "first answers: the longer"),
-        ([math.nan, -0.9], 64, "the shorter"),
+        ([0.9, 0.0], 64, "longer answers score higher (correlation 0.90)"),
+        ([math.nan, -0.9], 64, "shorter answers score higher"),
     ],
 )
 def test_a_score_that_length_alone_explains_is_said(correlations, size, said, tmp_path):
@@ -624,7 +623,6 @@ def test_what_is_missing_is_said(tmp_path):
         "Reward against KL: no run has measured a KL (rl.kl_coef is 0) or finished an iteration.",
         "Histograms and samples before and after: no validation has written texts.",
         "No validation: nothing was held out, or no validation has been reached.",
-        "run: not finished, as there is no model yet; last recorded step: 1.",
         "run: the last line of metrics.jsonl is incomplete and was skipped.",
     } <= set(read.texts("p"))
     assert "–" in read.texts("dd")  # seconds of a step

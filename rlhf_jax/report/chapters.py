@@ -26,13 +26,7 @@ SAMPLE_COLUMNS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("prompt", "answer"), ("response", "log_ratio")),
     (("prompt",), ("response", "score", "judge")),
 )
-NUMBERS = (
-    "score",
-    "judge",
-    "margin",
-    "log_ratio",
-    "reward/",
-)  # begin the names of columns of numbers
+NUMBERS = ("score", "judge", "margin", "log_ratio", "reward/")  # begin columns of numbers
 
 
 def of(run_records: Sequence[RunRecord]) -> list[dict[str, Any]]:

@@ -33,7 +33,6 @@ SIZE = (5.2, 3.3)  # inches; the page scales it
 # Inches around the axes, for numbers of seven characters and a label. Matplotlib's layouts measure
 # them, which takes longer than drawing.
 MARGINS = {"left": 1.0, "right": 0.15, "bottom": 0.5, "top": 0.22}
-FLAT = 1e-3  # of the values: a smaller span is drawn as so large, else its numbers are too long
 LONGEST = 50  # characters in a line of the legend; a label of the y axis has 35
 PNG_DPI = 160
 STYLE = Path(__file__).with_name("figures.mplstyle")
@@ -242,7 +241,7 @@ def _draw(plot: Plot, kind: Literal["svg", "png"], salt: str) -> tuple[bytes, An
         else:
             axes.locator_params(axis="x", nbins=6)  # more labels like -0.025 would touch
         low, high = axes.get_ylim()
-        short = FLAT * max(abs(low), abs(high)) - (high - low)
+        short = 1e-3 * max(abs(low), abs(high)) - (high - low)  # for numbers of few digits
         if short > 0:
             axes.set_ylim(low - short / 2, high + short / 2)
         if plot.band:

@@ -18,7 +18,6 @@ _MOST_REASONS = 3  # why rows were dropped
 _ZERO = 1e-8  # norm of a gradient
 _ANSWERS = 64  # at an end of a run, over which it is said how they are
 _EXPLAINED = 0.8  # correlation: length explains .64 of the variance of the scores
-_MOSTLY = 0.9  # share of answers
 # What manifest.json counts; a ranking has several pairs, a conversation several answers.
 _EXAMPLES = {"sft": "answers", "reward_model": "pairs", "dpo": "pairs", "kto": "answers"}
 # Of the tiles that the sentence has too.
@@ -59,7 +58,7 @@ def sentence(group: Group) -> str:
         if tile.label in _UNITS:
             name = tile.label if tile.label == "KL" else tile.label.lower()
             parts.append(f"{name} {tile.value.rpartition('→ ')[2]} {tile.note}")
-    parts += filter(None, [_changed(group), _masked(group), data(group.records[0])])
+    parts += filter(None, [_changed(group), data(group.records[0])])
     alerts = _alerts(group)
     parts.append(f"{alerts.value}: {alerts.note}" if alerts.note else alerts.value)
     ends = [unfinished(record) for record in group.records]
@@ -89,11 +88,10 @@ def cautions(group: Group) -> list[str]:
                 f"in {num_masked} of {record.steps} {steps} rl.mask_truncated masked every "
                 "response: nothing is learned from them; raise rl.max_new_tokens"
             )
-        elif ended and 1 - ended[1] > _MOSTLY:
+        elif ended and 1 - ended[1] > 0.9:
             found.append(
-                f"{1 - ended[1]:.0%} of the last answers did not end within "
-                "rl.max_new_tokens: the score is that of cut texts; raise it, or let a missing end "
-                "cost rl.missing_eos_score"
+                f"{1 - ended[1]:.0%} of the last answers did not end: the score is that of cut "
+                "texts; raise rl.max_new_tokens, or set rl.missing_eos_score"
             )
         if num_zero > len(gradients) / 2 and not num_masked:
             found.append(f"the gradient was 0 in {num_zero} of {len(gradients)} {steps}")
@@ -103,33 +101,23 @@ def cautions(group: Group) -> list[str]:
 
 
 def _gaming(record: RunRecord) -> Iterator[str]:
-    """Sentences about what else than what is wanted may explain a score or an accuracy."""
-    last = record.last
+    """What else than what is wanted may explain a score or an accuracy."""
     score, judge = (_interval(record, f"validation/{name}") for name in ("score", "judge"))
-    if score and judge and score.low > 0 >= judge.low:
-        how = "fell" if judge.high < 0 else "did not rise beyond noise"
+    if score and judge and score[0] > 0 >= judge[0]:
+        how = "fell" if judge[1] < 0 else "did not rise beyond noise"
         yield f"the score rose and the judge {how}: the policy may be gaming the reward"
     # A policy that has found the best length has no others left at its end.
-    ends = zip(("first", "last"), _ends_of(record, "reward/length_correlation"), strict=False)
-    for when, correlation in ends:
-        if abs(correlation) > _EXPLAINED:
-            which = "longer" if correlation > 0 else "shorter"
-            yield (
-                f"length alone explains the score of the {when} answers: the {which} an answer, "
-                f"the higher it is (correlation {correlation:.2f})"
-            )
-            break
-    # Of a ranking: a rule for its pairs says nothing of its best answer.
-    kind = "pairwise_" if "validation/pairwise_accuracy" in last else ""
-    accuracy, longer = (
-        last.get(f"validation/{kind}{name}") for name in ("accuracy", "length_accuracy")
-    )
-    num = last.get("validation/rows")
-    if accuracy is None or longer is None or not num:
-        return
+    r = max(_ends_of(record, "reward/length_correlation"), key=abs, default=0.0)
+    if abs(r) > _EXPLAINED:
+        which = "longer" if r > 0 else "shorter"
+        yield f"length alone explains the score: {which} answers score higher (correlation {r:.2f})"
+    # The best answer of a ranking may be neither the longest nor the shortest.
+    kind = "pairwise_" if "validation/pairwise_accuracy" in record.last else ""
+    names = (f"{kind}accuracy", f"{kind}length_accuracy", "rows")
+    accuracy, longer, num = (record.last.get(f"validation/{name}", math.nan) for name in names)
     rule = max(longer, 1 - longer)
-    is_rule = metrics.wilson(rule, num=num)[0] > 0.5
-    if is_rule and metrics.share_change(rule, after=accuracy, num=num)[0] <= 0:
+    is_above = metrics.share_change(rule, after=accuracy, num=num)[0] > 0
+    if metrics.wilson(rule, num=num)[0] > 0.5 and not is_above:
         which = "longer" if longer > 0.5 else "shorter"
         yield (
             f"always taking the {which} answer is right in {rule:.0%} of the {num:.0f} held-out "
@@ -138,14 +126,10 @@ def _gaming(record: RunRecord) -> Iterator[str]:
 
 
 def _ends_of(record: RunRecord, name: str) -> list[float]:
-    """The mean of a metric of responses over the first ``_ANSWERS`` of them and over the last;
-    empty if there are fewer.
-    """
+    """The means over the first and the last ``_ANSWERS`` responses; empty if there are fewer."""
     values = [value for value in series(record.metrics, name)[1] if math.isfinite(value)]
     num = max(1, math.ceil(_ANSWERS / _batch_size(record)))
-    if len(values) < num:
-        return []
-    return [float(np.mean(values[:num])), float(np.mean(values[-num:]))]
+    return [float(np.mean(end)) for end in (values[:num], values[-num:]) if len(end) == num]
 
 
 def data(record: RunRecord) -> str | None:
@@ -273,39 +257,25 @@ def number(group: Group, name: str) -> str:
 
 
 def _change(record: RunRecord, name: str) -> list[str]:
-    """How much a metric changed, on how many rows or prompts, and whether that may be chance; empty
-    if ``_interval`` knows none.
-    """
-    found = _interval(record, name)
-    if found is None:
-        return []
-    num, unit, low, high = found
+    """How much a metric changed and whether that may be chance; empty if nobody knows."""
+    low, high, rows = _interval(record, name) or (math.nan, math.nan, "")
     if low == high:
-        return [f"{num} held-out {unit}, each changed by {low:.2g}"]
+        return [f"{rows}, each changed by {low:.2g}"]
     noise = ": within noise" if low <= 0 <= high else ""
-    return [f"{num} held-out {unit}, change {low:.2g} to {high:.2g} at 95%{noise}"]
+    return [f"{rows}, change {low:.2g} to {high:.2g} at 95%{noise}"] if rows else []
 
 
-class _Interval(NamedTuple):
-    num: int
-    unit: str
-    low: float
-    high: float
-
-
-def _interval(record: RunRecord, name: str) -> _Interval | None:
-    """The 95% interval of the change of a held-out accuracy, score or judge, and on how many rows
-    or prompts; None of other metrics, and if the run does not say on how many rows it was measured,
-    or has one validation alone.
+def _interval(record: RunRecord, name: str) -> tuple[float, float, str] | None:
+    """The 95% interval of the change of a held-out accuracy, score or judge, and its rows or
+    prompts; None of other metrics, of one validation, and where their number is not known.
     """
     _, values = series(record.metrics, name)
-    if len(values) < 2:
-        return None
     num = record.last.get("validation/rows", 0)
-    if name == "validation/accuracy" and num:
-        return _Interval(num, "rows", *metrics.share_change(values[0], after=values[-1], num=num))
+    if len(values) > 1 and name == "validation/accuracy" and num:
+        low, high = metrics.share_change(values[0], after=values[-1], num=num)
+        return low, high, f"{num} held-out rows"
     key = name.removeprefix("validation/")
-    if key not in ("score", "judge") or len(record.validations) < 2:
+    if len(values) < 2 or key not in ("score", "judge") or len(record.validations) < 2:
         return None
     by_prompt: list[dict[str, list[float]]] = [{}, {}]
     for scores, (_, rows) in zip(by_prompt, record.validations, strict=True):
@@ -319,7 +289,7 @@ def _interval(record: RunRecord, name: str) -> _Interval | None:
     means = np.array([[np.mean(scores[prompt]) for prompt in both] for scores in by_prompt])
     low, high = metrics.paired_change(*means)
     is_few = low < high and len(both) < metrics.FEW and not metrics.are_shares(means)
-    return _Interval(len(both), "prompts (few)" if is_few else "prompts", low, high)
+    return low, high, f"{len(both)} held-out prompts{' (few)' if is_few else ''}"
 
 
 def _unit(record: RunRecord, label: str) -> str:
@@ -350,16 +320,6 @@ def _changed(group: Group) -> str | None:
 def _batch_size(record: RunRecord) -> float:
     """The responses of an iteration."""
     return record.settings.get("rl.batch_size") or math.inf
-
-
-def _masked(group: Group) -> str | None:
-    """The share of responses that did not end and were left out; None if none is."""
-    shares = [
-        number / _batch_size(record)
-        for record in group.records
-        for number in series(record.metrics, "response/masked")[1]
-    ]
-    return f"{np.mean(shares):.0%} of the responses masked" if shares else None
 
 
 def _alerts(group: Group) -> Tile:

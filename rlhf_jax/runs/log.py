@@ -40,6 +40,7 @@ from rlhf_jax.runs.trackers import Numbers, Services
 from rlhf_jax.runs.writing import open_to_append, write_atomically
 
 Row = Mapping[str, Any]
+Say = Callable[[str], None]
 _PRINT_EVERY = 10  # steps between lines if there is no terminal
 SILENCE = 15.0  # seconds without a line, at most, if there is no terminal
 SLOW_COMPILE = 5.0  # seconds after which a program that is compiled is named
@@ -52,17 +53,10 @@ class Pulse(contextlib.AbstractContextManager["Pulse"]):
     """Prints lines while a step runs: the name of each program that takes long to compile, the name
     of a phase that takes long, and ``status()`` whenever there was no line for ``SILENCE`` seconds.
 
-        with Pulse() as pulse, pulse.during("sampling 256 answers"):
-            ...
-
     A thread calls ``tick`` every second while the context is open.
     """
 
-    def __init__(
-        self,
-        clock: Callable[[], float] = time.monotonic,
-        say: Callable[[str], None] = logger.info,
-    ):
+    def __init__(self, clock: Callable[[], float] = time.monotonic, say: Say = logger.info):
         """clock: seconds from any origin."""
         self.clock = clock
         self._print = say
@@ -70,7 +64,6 @@ class Pulse(contextlib.AbstractContextManager["Pulse"]):
         self._last_line = clock()
         self._compiling: dict[str, float] = {}  # {program: when it began}
         self._phase: tuple[str, float] | None = None  # what is done, and when it began
-        self._named_after = SLOW_PHASE
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
@@ -96,13 +89,11 @@ class Pulse(contextlib.AbstractContextManager["Pulse"]):
 
     @contextlib.contextmanager
     def during(self, phase: str) -> Iterator[None]:
-        """A phase between steps, or of a command without steps, in a few words."""
+        """What is done, in a few words."""
         self._named_after = SLOW_PHASE
         self._phase = phase, self.clock()
-        try:
-            yield
-        finally:
-            self._phase = None
+        yield  # after an error the run ends, and the pulse with it
+        self._phase = None
 
     def tick(self) -> None:
         """Prints the lines that are due."""
