@@ -17,6 +17,7 @@ from typing import Literal
 from unittest import mock
 
 import pytest
+import yaml
 from builders import ROOT
 
 import rlhf_jax
@@ -228,6 +229,126 @@ def test_each_key_of_another_library_gets_a_line_with_ours(tmp_path):
         assert len(line.removeprefix(str(file))) < 170
     with pytest.raises(UserError, match=r"--num-train-epochs; here it is --sft\.num-epochs, or"):
         parse(RunConfig, ["--num-train-epochs", "3"], sections=("sft.num_epochs", "kto.num_epochs"))
+
+
+# Fields of TRL 1.12's PPOConfig: what the answer to each as a flag of `rlhf-jax ppo` names, "none"
+# where there is no such setting here.
+OF_PPO = {
+    "dataset_num_proc": "none",
+    "num_mini_batches": "ppo.num-minibatches",
+    "total_episodes": "rl.num-iterations",
+    "local_rollout_forward_batch_size": "compute.score-rows",
+    "num_sample_generations": "rl.validation-interval",
+    "response_length": "rl.max-new-tokens",
+    "stop_token": "none",
+    "stop_token_id": "none",
+    "temperature": "rl.temperature",
+    "missing_eos_penalty": "rl.missing-eos-penalty",
+    "sft_model_path": "model",
+    "world_size": "none",
+    "num_total_batches": "rl.num-iterations",
+    "micro_batch_size": "rl.batch-size",
+    "local_batch_size": "rl.batch-size",
+    "batch_size": "rl.batch-size",
+    "local_mini_batch_size": "ppo.num-minibatches",
+    "mini_batch_size": "ppo.num-minibatches",
+    "reward_model_path": "reward",
+    "model_adapter_name": "none",
+    "ref_adapter_name": "none",
+    "num_ppo_epochs": "ppo.num-epochs",
+    "whiten_rewards": "ppo.whiten-rewards",
+    "kl_coef": "rl.kl-coef",
+    "kl_estimator": "none",
+    "cliprange": "ppo.clip-low",
+    "vf_coef": "ppo.value-coef",
+    "cliprange_value": "ppo.value-clip",
+    "gamma": "ppo.gamma",
+    "lam": "ppo.gae-lambda",
+    "ds3_gather_for_generation": "mesh.fsdp",
+    "learning_rate": "rl.optimizer.learning-rate",
+    "push_to_hub": "none",
+}
+# The same of its RewardConfig, for `rlhf-jax reward-model`.
+OF_REWARD_MODELS = {
+    "model_init_kwargs": "compute.dtype",
+    "trust_remote_code": "none",
+    "chat_template_path": "none",
+    "disable_dropout": "network.dropout",
+    "dataset_num_proc": "none",
+    "eos_token": "none",
+    "max_length": "text.max-length",
+    "pad_to_multiple_of": "text.bucket-multiple",
+    "center_rewards_coefficient": "reward-model.centering",
+    "activation_offloading": "compute.remat",
+    "pad_token": "none",
+    "learning_rate": "reward-model.optimizer.learning-rate",
+}
+# What both have of transformers' TrainingArguments 5.24; seed and output_dir are ours too.
+OF_TRAINERS = """
+accelerator_config activation_checkpointing activation_checkpointing_kwargs adam_beta1 adam_beta2
+adam_epsilon auto_find_batch_size average_tokens_across_devices batch_eval_metrics bf16
+bf16_full_eval data_seed dataloader_drop_last dataloader_in_order
+dataloader_multiprocessing_context dataloader_num_workers dataloader_persistent_workers
+dataloader_pin_memory dataloader_prefetch_factor ddp_backend ddp_broadcast_buffers
+ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout debug deepspeed
+disable_tqdm do_eval do_predict do_train enable_jit_checkpoint eval_accumulation_steps eval_delay
+eval_do_concat_batches eval_on_start eval_steps eval_strategy eval_use_gather_object fp16
+fp16_full_eval fsdp fsdp_config full_determinism gradient_accumulation_steps gradient_checkpointing
+gradient_checkpointing_kwargs greater_is_better hub_always_push hub_model_id hub_private_repo
+hub_revision hub_strategy hub_token ignore_data_skip include_for_metrics
+include_num_input_tokens_seen label_names label_smoothing_factor length_column_name
+liger_kernel_config load_best_model_at_end local_rank log_level log_level_replica log_on_each_node
+logging_first_step logging_nan_inf_filter logging_steps logging_strategy lr_scheduler_kwargs
+lr_scheduler_type max_grad_norm max_steps metric_for_best_model neftune_noise_alpha
+num_train_epochs optim optim_args optim_target_modules parallelism_config
+per_device_eval_batch_size per_device_train_batch_size prediction_loss_only project
+remove_unused_columns report_to restore_callback_states_from_checkpoint resume_from_checkpoint
+run_name save_on_each_node save_only_model save_steps save_strategy save_total_limit
+skip_memory_metrics tf32 torch_compile torch_compile_backend torch_compile_mode
+torch_empty_cache_steps trackio_bucket_id trackio_space_id trackio_static_space_id
+train_sampling_strategy use_cache use_cpu use_liger_kernel warmup_steps weight_decay
+"""
+
+
+def answer(stage, flag):
+    """What is said of an unknown flag of a command: our setting, without its dashes, or none."""
+    sections = (*STAGES[stage].reads, stage.replace("-", "_"))
+    with pytest.raises(UserError) as caught:
+        parse(RunConfig, [f"--{flag}", "1"], sections=sections)
+    said = str(caught.value).removeprefix(f"unknown flag --{flag}; ")
+    found = re.match(
+        r"(?:here it is|did you mean) --([\w.-]+)|there is no such setting here: .", said
+    )
+    assert found, caught.value
+    return found[1] or "none"
+
+
+@pytest.mark.parametrize(("stage", "fields"), [("ppo", OF_PPO), ("reward-model", OF_REWARD_MODELS)])
+def test_each_flag_of_ppo_and_reward_models_of_trl_is_answered(stage, fields):
+    assert {flag: answer(stage, flag) for flag in fields} == fields
+
+
+def test_each_flag_that_all_trainers_of_trl_have_is_answered():
+    other = set(OF_TRAINERS.split()) - {*yaml_files.other_keys()}
+    assert {flag: answer("ppo", flag) for flag in other} == {"fsdp": "mesh.fsdp"}
+
+
+@pytest.mark.parity
+def test_these_are_the_fields_of_ppo_and_reward_models_of_trl():
+    ppo = pytest.importorskip("trl.experimental.ppo")  # of the TRL of the extra "benchmarks"
+    import transformers
+    import trl
+
+    general = {*transformers.TrainingArguments.__dataclass_fields__}
+    assert {*OF_TRAINERS.split(), *OF_PPO, "seed", "output_dir"} >= general
+    assert {*ppo.PPOConfig.__dataclass_fields__} - general <= {*OF_PPO}
+    assert {*trl.RewardConfig.__dataclass_fields__} - general <= {*OF_REWARD_MODELS}
+
+
+def test_no_name_of_another_library_has_two_answers():
+    text = Path(yaml_files.__file__).with_name("other_keys.yaml").read_text("utf-8")
+    names = " ".join(yaml.safe_load(text).values()).split()
+    assert len(names) == len(set(names)) == len(yaml_files.other_keys())
 
 
 def test_the_keys_of_other_libraries_lead_to_settings_that_exist():

@@ -228,8 +228,8 @@ def _flag(key: str) -> str:
 def other_keys() -> dict[str, str]:
     """{key of another library: our keys and a note}."""
     text = Path(__file__).with_name("other_keys.yaml").read_text("utf-8")
-    keys: dict[str, str] = yaml.safe_load(text)
-    return keys
+    names: dict[str, str] = yaml.safe_load(text)
+    return {theirs: entry for entry, several in names.items() for theirs in several.split()}
 
 
 def _ours(entry: str, flags: bool, read: Sequence[str]) -> str:
