@@ -7,14 +7,17 @@ typed into it; a block that opens with ``# NAME.py`` is that file, other ``pytho
 In README a command is an indented line. A backslash at the end of a line continues it.
 """
 
+import ast
 import functools
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import chat_families
@@ -55,6 +58,7 @@ RUN_BY_TEST_SCRIPTS = {
 }
 RUNS = ROOT / "docs" / "runs.md"
 OWN_MODEL = ROOT / "docs" / "your-own-chat-model.md"
+TRL = ROOT / "docs" / "from-trl.md"
 OTHER_FLAGS = {"config", "help", "lexicon", "tokenizer", "devices", "memory", "length", "worker"}
 
 
@@ -260,8 +264,8 @@ def page_folder(path, folder):
         (folder / part).symlink_to(ROOT / part)
     for program in PROGRAMS:
         shutil.copy(program, folder)
-    if path.stem == "from-trl":
-        chat_families.write_model(folder / "chat-model", max_length=256)
+    if path == TRL:
+        chat_families.write_model(folder / "chat-model", max_length=1024)  # that of TRL
     for block in blocks(path):
         if file := file_of(block):
             (folder / file).write_text(block.text, "utf-8")
@@ -497,3 +501,150 @@ def test_an_unknown_flag_of_theirs_is_told_ours_as_the_page_says():
     with pytest.raises(UserError) as caught:
         config.parse(RunConfig, ["--num_generations", "8"], sections=("grpo.group_size",))
     assert f"error: {caught.value}\n" in COMING.read_text("utf-8")
+
+
+def script_of(file):
+    """A script of the page of those who come from TRL."""
+    return next(block.text for block in blocks(TRL) if file_of(block) == file)
+
+
+def keywords_of(file, function):
+    """The arguments of a call in a script for TRL that are numbers or texts, by their names."""
+    calls = [node for node in ast.walk(ast.parse(script_of(file))) if isinstance(node, ast.Call)]
+    (call,) = (node for node in calls if getattr(node.func, "id", "") == function)
+    return {word.arg: ast.literal_eval(word.value) for word in call.keywords}
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """What the page's Python asks for in its section on PPO: the two configs, without training."""
+    asked = []
+    monkeypatch.setitem(sys.modules, "rows", rows := types.ModuleType("rows"))
+    exec(script_of("rows.py"), vars(rows))
+
+    def run(config, *given, data):
+        asked.append((config, data))
+        return types.SimpleNamespace(rows=[])
+
+    for stage in (training.reward_model, training.rl):
+        monkeypatch.setattr(stage, "run", run)
+    (snippet,) = (block.text for block in snippets(TRL) if "reward_model.run(" in block.text)
+    exec(snippet, {})
+    (reward, pairs), (policy, prompts) = asked
+    assert (pairs, prompts) == (rows.pairs, rows.prompts)
+    assert policy.reward == (reward.output_dir,)
+    assert policy.model == reward.model
+    return reward.reward_model, policy.ppo, policy.rl
+
+
+def test_a_reward_model_and_ppo_of_trl_have_the_settings_of_ours_beside_them(trained):
+    reward, ppo, rl = trained
+    theirs = keywords_of("trl_reward.py", "RewardConfig")
+    assert theirs["max_steps"] == reward.max_steps
+    assert theirs["learning_rate"] == reward.optimizer.learning_rate
+    assert theirs["per_device_train_batch_size"] == reward.batch_size
+    assert reward.normalize_samples == reward.validation_fraction == 0
+
+    theirs = keywords_of("trl_ppo.py", "PPOConfig")
+    assert theirs["total_episodes"] == rl.num_iterations * rl.batch_size
+    assert theirs["per_device_train_batch_size"] == rl.batch_size
+    assert theirs["learning_rate"] == rl.optimizer.learning_rate
+    names = ("kl_coef", "response_length", "temperature")
+    values = (rl.kl_coef, rl.max_new_tokens, rl.temperature)
+    assert tuple(theirs[name] for name in names) == values
+    assert theirs["stop_token"] == "eos"
+    assert (rl.optimizer.max_grad_norm, rl.validation_fraction) == (None, 0)
+
+    defaults = {name: ast.literal_eval(there) for name, there, *_ in settings_of_ppo() if there}
+    passes = defaults["num_ppo_epochs"], defaults["num_mini_batches"]
+    assert passes == (ppo.num_epochs, ppo.num_minibatches)
+    assert (defaults["lam"], defaults["gamma"]) == (ppo.gae_lambda, ppo.gamma)
+    assert defaults["cliprange"] == ppo.clip_low == ppo.clip_high
+    value = defaults["cliprange_value"], defaults["vf_coef"]
+    assert value == (ppo.value_clip, ppo.value_coef)
+    assert (ppo.value, ppo.value_from, ppo.normalize_returns) == ("separate", "reward", False)
+
+
+def test_the_two_commands_of_ppo_by_trl_are_the_python_above_them(trained):
+    reward, ppo, rl = trained
+    typed = {}
+    for command in commands(TRL):
+        _, stage, *flags = shlex.split(command)
+        if "runs/reward-trl" in flags:
+            sections = (*stages.STAGES[stage].reads, stage.replace("-", "_"))
+            typed[stage] = config.parse(RunConfig, flags, sections=sections)
+    assert typed["reward-model"].reward_model == reward
+    assert typed["ppo"].reward == (typed["reward-model"].output_dir,)
+    assert typed["ppo"].ppo == ppo
+    assert typed["ppo"].rl.kl_coef in (None, 0.05)
+    assert replace(typed["ppo"].rl, kl_coef=rl.kl_coef) == rl
+
+
+def settings_of_ppo():
+    """(name, default there, {key: default here}, {key: value by `--config trl`}) of a table; a
+    default that is no plain number or word is an empty text."""
+    table = TRL.read_text("utf-8").partition("| `PPOConfig`, 1.12 |")[2].partition("\n\n")[0]
+    plain = re.compile(r"^(None|True|False|[\d.]+(?:e-\d+)?)(?=$|[,:;])")
+    for theirs, there, here, by_trl in re.findall(
+        r"^\| `(\w+)` \| (.*?) \| (.*?) \| (.*?) \|$", table, re.MULTILINE
+    ):
+        found = dict(re.findall(r"`([a-z]+\.[\w.]+)` ([\w.-]+?)(?=[:,]|$)", here))
+        preset = dict(re.findall(r"`([a-z]+\.[\w.]+)` ([\w.-]+)", by_trl))
+        if not preset and (said := re.match(r"[\d.e-]+|null|true|false", by_trl)):
+            preset = dict.fromkeys(found, said[0])
+        yield theirs, there if plain.fullmatch(there) else "", found, preset
+
+
+def test_the_table_of_ppos_settings_has_the_defaults_here_and_of_the_preset():
+    preset = yaml.safe_load(config.to_yaml(config.parse(RunConfig, ["--config", "trl"])))
+    rows = list(settings_of_ppo())
+    assert len(rows) == 20
+    seen = 0
+    for theirs, _, here, by_trl in rows:
+        for given, values in ((here, defaults()), (by_trl, preset)):
+            for key, said in given.items():
+                value = functools.reduce(lambda part, name: part[name], key.split("."), values)
+                assert value == yaml.safe_load(said), (theirs, key, said)
+                seen += 1
+    assert seen > 30
+
+
+def run_by_torch(file, folder):
+    """A script of the page, by the Python of the tests."""
+    settings = {"TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, file],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **settings},
+    )
+    check_end(done, file)
+    return done.stdout
+
+
+@pytest.mark.parity
+def test_the_scripts_for_trl_run(tmp_path):
+    """All but that of PPO, which the newest TRL does not have."""
+    pytest.importorskip("trl")
+    page_folder(TRL, tmp_path)
+    for stage in ("sft", "dpo", "reward", "grpo"):
+        run_by_torch(f"trl_{stage}.py", tmp_path)
+        assert (tmp_path / "trl" / stage / "model.safetensors").exists(), stage
+    files = {file_of(block) for block in blocks(TRL)}
+    assert sum(str(file).startswith("trl_") for file in files) == 5
+
+
+@pytest.mark.parity
+def test_the_script_for_trls_ppo_runs(tmp_path):
+    ppo = pytest.importorskip("trl.experimental.ppo")  # of the TRL of the extra "benchmarks"
+    page_folder(TRL, tmp_path)
+    for stage in ("sft", "reward", "ppo"):
+        said = run_by_torch(f"trl_{stage}.py", tmp_path)
+    scores = json.loads(said.strip().splitlines()[-1])
+    assert len(scores) == 3
+    assert all(-100 < score < 100 for score in scores)
+    for theirs, there, *_ in settings_of_ppo():
+        value = ppo.PPOConfig.__dataclass_fields__[theirs].default
+        assert not there or value == ast.literal_eval(there), theirs
