@@ -707,7 +707,11 @@ SECTIONS = ("ppo", "sft.optimizer.b1", "rl.top_k")
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ("--ppo.cliprange 3", "--ppo.cliprange; .* --ppo.clip-low or --ppo.clip-high"),
+        (
+            "--ppo.cliprange-policy 3",
+            "--ppo.cliprange-policy; .* --ppo.clip-low or --ppo.clip-high",
+        ),
+        ("--ppo.cliprange 3", "--ppo.cliprange; here it is --ppo.clip-low"),
         ("--ppo.num-epoch=3", "--ppo.num-epoch; .* --ppo.num-epochs"),
         ("--top-k 3", "--top-k; .* --rl.top-k"),
         ("--lora.zzz", "--lora.zzz; .* rank, alpha, dropout, match"),
