@@ -90,14 +90,13 @@ def flags(asked: Settings) -> list[str]:
         "ppo.value-clip": asked.value_clip,
         "ppo.value-coef": asked.value_coef,
         "ppo.value-from": asked.value_from,
-        "ppo.whiten-rewards": asked.whiten_rewards,
     }
     if asked.rank:
         given["lora.alpha"] = asked.alpha
     words = ["--config", "chat", "trl"]
     for name, value in given.items():
-        words += [f"--{name}", "null" if value is None else str(value).lower()]
-    return words
+        words += [f"--{name}", "null" if value is None else str(value)]
+    return [*words, "--ppo.whiten-rewards"] if asked.whiten_rewards else words
 
 
 def theirs(asked: Settings, out: Path, python: str = sys.executable) -> dict[str, Any]:
