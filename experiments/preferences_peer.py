@@ -1,9 +1,8 @@
 """One set of settings for PPO here and for TRL's, whose runs experiments/preferences.py compares.
 
-TRL needs an interpreter of its own, one that has the extra "benchmarks" and peft:
+TRL's runs in any Python that has it and need not have this library:
 
-    pip install torch transformers accelerate peft datasets pandas rich requests
-    pip install --no-deps trl==1.12.0
+    pip install torch transformers trl==1.12.0 peft requests
 """
 
 import json

@@ -10,24 +10,27 @@ runs, OUT.json.part has what there is so far.
 The tokenizer is the reward model's, whose pad is no EOS. SmolLM2's own pad ends its turns; TRL
 takes each pad of a prompt for padding, and would hide the ends of the turns from policy, reference,
 critic and reward model. ``reward_shift`` of the reward model becomes a bias of its head, so that
-scores are those of ``rlhf-jax``. Both read the score at the token that ends the turn, and of an
-answer that was cut at the limit at its last token.
+scores are those of ``rlhf-jax``: read at the token that ends the turn, and of an answer that was
+cut at the limit at its last token.
 
 What TRL computes otherwise than ``rlhf-jax ppo`` with ``preferences_peer.flags``:
 
-- the score of an answer that ended is paid one token after its EOS, at a state whose value is
-  learned too; here it is paid at the EOS. With lambda 1 the advantages are the same;
-- the mean of the value loss has this state, the mean of the policy loss has not;
-- no gradient is clipped: max_grad_norm is not used; policy and critic have one Adam;
-- the linear schedule falls once an iteration, here at each optimizer step;
-- whitening has the variance over n - 1, and 1e-8 beside it;
-- log-probabilities of the rollout are the sampler's, here they are computed again;
-- KL, ratio and clipping, the loss's means over the tokens of a minibatch, minibatches drawn again
-  in each pass, Adam (eps 1e-8, no decay) and the first adapters are of the same form.
+- The score of an answer that ended is paid one token after its EOS, at a state whose value is
+  learned too; here it is paid at the EOS. With lambda 1 the advantages are the same, below it TRL's
+  contain the value of that state.
+- This state counts in the means of the value loss and of whitened rewards.
+- The linear schedule falls once an iteration, here at each optimizer step.
+- Whitening divides by n - 1, and adds 1e-8 to the variance.
+- The old log-probabilities are the sampler's, here those of the update's own forward pass.
+- An answer in which the pad is sampled ends there.
+
+The form of all else is the same: KL k1 in the reward, the clipped losses, means over the tokens of
+a minibatch, minibatches drawn again in each pass, Adam (eps 1e-8, no decay), the first adapters.
+TRL clips no gradient (it does not read max_grad_norm), and the flags tell ours not to.
 
 The critic: TRL trains whatever weights the value model has, and peft_config is the policy's alone.
-Here the value model gets adapters of the same form and a head. The reference is the policy with its
-adapters off, or a copy.
+Here the value model gets adapters of the same form beside its head. The reference is the policy
+with its adapters off, or a copy.
 """
 
 import gc
@@ -168,8 +171,8 @@ def trainer(asked, out):
         num_sample_generations=0,
         seed=asked.seed,
         total_episodes=asked.iterations * asked.batch,
-        per_device_train_batch_size=asked.batch,  # of one minibatch at most: TRL cuts no further
-        gradient_accumulation_steps=1,
+        per_device_train_batch_size=asked.batch,
+        gradient_accumulation_steps=1,  # with more TRL steps once a pass, whatever the minibatches
         local_rollout_forward_batch_size=asked.batch,
         num_mini_batches=asked.minibatches,
         num_ppo_epochs=asked.passes,
