@@ -43,6 +43,7 @@ class Settings:
     value_from: Literal["policy", "reward"] = "reward"
     passes: int = 4
     minibatches: int = 1
+    microbatches: int = 1  # of the only minibatch, to save memory
     kl_coef: float = 0.05
     gamma: float = 1.0
     lam: float = 0.95
@@ -55,10 +56,12 @@ class Settings:
     def __post_init__(self) -> None:
         if len(self.prompts) < self.batch:
             raise UserError(f"{len(self.prompts)} prompts: a batch has {self.batch}; give more")
-        if self.batch % self.minibatches:
-            raise UserError(
-                f"batch {self.batch} is no multiple of minibatches {self.minibatches}; change one"
-            )
+        for name in ("minibatches", "microbatches"):
+            number = getattr(self, name)
+            if self.batch % number:
+                raise UserError(f"batch {self.batch} is no multiple of {name} {number}; change one")
+        if self.minibatches > 1 and self.microbatches > 1:
+            raise UserError("microbatches: TRL then takes one step a pass; leave out minibatches")
         if self.whiten_rewards and self.batch < 8 * self.minibatches:
             raise UserError("whiten_rewards: TRL needs 8 answers in a minibatch; raise the batch")
 
@@ -82,6 +85,7 @@ def flags(asked: Settings) -> list[str]:
         "rl.optimizer.max-grad-norm": None,
         "ppo.num-epochs": asked.passes,
         "ppo.num-minibatches": asked.minibatches,
+        "ppo.num-microbatches": asked.microbatches,
         "ppo.gamma": asked.gamma,
         "ppo.gae-lambda": asked.lam,
         "ppo.clip-low": asked.clip,

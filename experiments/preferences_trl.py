@@ -22,6 +22,8 @@ What TRL computes otherwise than ``rlhf-jax ppo`` with ``preferences_peer.flags`
 - The linear schedule falls once an iteration, here at each optimizer step.
 - Whitening divides by n - 1, and adds 1e-8 to the variance.
 - The old log-probabilities are the sampler's, here those of the update's own forward pass.
+- With microbatches the loss is the mean of their means, here that of all tokens; and in the last
+  batch of a pass over the prompts, where accelerate accumulates nothing, each of them is a step.
 - An answer in which the pad is sampled ends there.
 
 The form of all else is the same: KL k1 in the reward, the clipped losses, means over the tokens of
@@ -171,8 +173,8 @@ def trainer(asked, out):
         num_sample_generations=0,
         seed=asked.seed,
         total_episodes=asked.iterations * asked.batch,
-        per_device_train_batch_size=asked.batch,
-        gradient_accumulation_steps=1,  # with more TRL steps once a pass, whatever the minibatches
+        per_device_train_batch_size=asked.batch // asked.microbatches,
+        gradient_accumulation_steps=asked.microbatches,
         local_rollout_forward_batch_size=asked.batch,
         num_mini_batches=asked.minibatches,
         num_ppo_epochs=asked.passes,

@@ -62,11 +62,13 @@ def test_our_flags_are_the_settings_of_trl():
     assert (ppo.num_epochs, ppo.num_minibatches, ppo.gamma, ppo.gae_lambda) == (2, 4, 0.75, 0.5)
     assert (ppo.clip_low, ppo.clip_high, ppo.value_clip) == (0.125, 0.125, 0.375)
     assert (ppo.value, ppo.value_from, ppo.value_coef) == ("separate", "reward", 0.625)
+    assert ppo.num_microbatches == 1
     assert not ppo.normalize_returns
     assert not ppo.whiten_rewards
     assert parse(RunConfig, preferences_peer.flags(replace(odd, rank=0))).lora.rank == 0
-    more = replace(odd, whiten_rewards=True, batch=8, minibatches=1)
-    assert parse(RunConfig, preferences_peer.flags(more)).ppo.whiten_rewards
+    more = replace(odd, whiten_rewards=True, batch=8, minibatches=1, microbatches=2)
+    ppo = parse(RunConfig, preferences_peer.flags(more)).ppo
+    assert (ppo.whiten_rewards, ppo.num_minibatches, ppo.num_microbatches) == (True, 1, 2)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +76,8 @@ def test_our_flags_are_the_settings_of_trl():
     [
         ({"batch": 9}, "8 prompts: a batch has 9"),
         ({"minibatches": 3}, "4 is no multiple of minibatches 3"),
+        ({"microbatches": 3}, "4 is no multiple of microbatches 3"),
+        ({"minibatches": 2, "microbatches": 2}, "one step a pass"),
         ({"whiten_rewards": True}, "whiten_rewards: .* 8 answers"),
         ({"whiten_rewards": True, "batch": 8, "minibatches": 2}, "whiten_rewards: .* 8 answers"),
     ],
@@ -201,18 +205,28 @@ def test_a_pad_that_ends_turns_is_refused(folders, trl_script):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize(("rank", "value_from"), [(2, "reward"), (0, "policy")])
-def test_trl_trains_policy_and_critic(rank, value_from, folders, trl_script, tmp_path):
+@pytest.mark.parametrize(
+    ("rank", "value_from", "minibatches", "microbatches"),
+    [(2, "reward", 2, 1), (0, "policy", 1, 2)],
+)
+def test_trl_trains_policy_and_critic(
+    rank, value_from, minibatches, microbatches, folders, trl_script, tmp_path
+):
     from types import SimpleNamespace
 
     policy, reward = folders
-    sizes = {"rank": rank, "value_from": value_from, "passes": 2, "minibatches": 2}
-    asked = replace(ASKED, model=policy, reward_model=reward, **sizes)
+    cut = {"passes": 2, "minibatches": minibatches, "microbatches": microbatches}
+    how = {"rank": rank, "value_from": value_from, **cut}
+    asked = replace(ASKED, model=policy, reward_model=reward, **how)
     train, watch = trl_script.trainer(SimpleNamespace(**vars(asked)), tmp_path / "out.json")
     before = {name: x.detach().clone() for name, x in train.model.named_parameters()}
     head = before["value_model.score.weight"]
     assert bool((head == 0).all()) == (value_from == "policy")
+    steps = []
+    train.optimizer.optimizer.register_step_post_hook(lambda *of: steps.append(1))
     train.train()
+    # 3 iterations of 2 passes; accelerate accumulates nothing in the last batch of the prompts.
+    assert len(steps) == (12 if minibatches == 2 else 2 + 4 + 2)
     after = dict(train.model.named_parameters())
     changed = {name for name in after if not after[name].equal(before[name])}
     trained = {name for name in after if "lora_" in name or ".score." in name} if rank else {*after}
@@ -221,10 +235,10 @@ def test_trl_trains_policy_and_critic(rank, value_from, folders, trl_script, tmp
     assert found["asked"] == vars(asked)
     assert list(found["answers"]) == ["0", "2", "3"]
     assert all(len(at["texts"]) == 2 for at in found["answers"].values())
-    steps = found["iterations"]
-    assert [row["step"] for row in steps] == [1, 2, 3]
-    assert abs(steps[0]["kl"]) < 1e-4 < abs(steps[2]["kl"])
-    rates = [row["learning_rate"] for row in steps]
+    rows = found["iterations"]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert abs(rows[0]["kl"]) < 1e-4 < abs(rows[2]["kl"])
+    rates = [row["learning_rate"] for row in rows]
     assert_allclose(rates, [0.01, 0.02 / 3, 0.01 / 3])
-    assert all(row["seconds"] > 0 and 0 <= row["ended"] <= 1 for row in steps)
+    assert all(row["seconds"] > 0 and 0 <= row["ended"] <= 1 for row in rows)
     assert 10 < found["peak_memory_mb"] < 20_000
