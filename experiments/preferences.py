@@ -31,9 +31,10 @@ import tastes
 import tyro
 
 from rlhf_jax import cli, metrics, models
+from rlhf_jax.data import encoding
 from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError, logger
-from rlhf_jax.generation.generator import Generator, LanguageModel
+from rlhf_jax.generation.generator import Generator, LanguageModel, pad_prompts
 from rlhf_jax.runs.writing import write_atomically
 
 KINDS = """What do you think of {x}?
@@ -69,7 +70,7 @@ HELD_OUT = 10  # subjects
 ANSWERS = 4  # to each instruction, of the first policy
 SPLITS = (((0, 1), (2, 3)), ((0, 2), (1, 3)), ((0, 3), (1, 2)))  # of four answers into pairs
 WRONG = 0.2  # share of the labeller's choices
-FIRST = "first policy"
+PENALTY = 0.3  # on the squared weights of a head alone
 Numbers = dict[str, float]
 
 
@@ -80,6 +81,7 @@ class Sizes(NamedTuple):
     new_tokens: int = 32
     iterations: int = 20  # of RL
     held_out: int = 128  # instructions that are measured
+    held_out_pairs: int = 200
     every: int = 10  # iterations between measurements
 
 
@@ -206,15 +208,78 @@ def first_answers(folder: Path, part: str) -> dict[str, list[str]]:
     return {row["prompt"]: row["responses"] for row in read_json(folder / f"answers_{part}.json")}
 
 
-def write_pairs(folder: Path, runs: Path, taste: str, seed: int, labels: int) -> None:
-    """The labelled pairs, and all held-out ones without a wrong label."""
+def write_pairs(folder: Path, runs: Path, taste: str, seed: int, sizes: Sizes) -> None:
+    """The labelled pairs, and the held-out ones without a wrong label."""
     draw = random.Random(seed)
     found = comparisons(first_answers(folder, "train"), taste, draw)
-    chosen = label(found[:labels], temperature(found), draw)
+    chosen = label(found[: sizes.labels], temperature(found), draw)
     rows = [one.pair(number) for one, number in zip(found, chosen, strict=False)]
     write_json(runs / "pairs.json", rows)
     held_out = comparisons(first_answers(folder, "held_out"), taste, random.Random(0))
+    held_out = held_out[: sizes.held_out_pairs]
     write_json(runs / "held_out_pairs.json", [one.pair(one.better) for one in held_out])
+
+
+def features(folder: Path, part: str) -> np.ndarray:
+    """[N, ANSWERS, D] the first policy's states at the ends of its answers, kept in a file."""
+    file = folder / f"features_{part}.npy"
+    if file.exists():
+        return np.load(file)
+    answers = first_answers(folder, part)
+    model, params, tokenizer = LanguageModel.load(folder / "model", scan_layers=True)
+    ids = [
+        encoding.answered_ids([{"role": "user", "content": text}], answer, tokenizer, text, True)
+        for text, own in answers.items()
+        for answer in own
+    ]
+    padded = pad_prompts(ids, model.config.max_length, tokenizer.pad_id)  # on the left
+    last = jax.jit(lambda tokens, mask: model.hidden(params, tokens, mask)[:, -1])
+    parts = np.array_split(np.arange(len(ids)), len(ids) // 50)
+    states = [last(padded.tokens[rows], padded.attention_mask[rows]) for rows in parts]
+    found = np.concatenate([np.asarray(state) for state in states])
+    found = found.reshape(len(answers), ANSWERS, -1)
+    np.save(file, found)
+    return found
+
+
+def head_alone(folder: Path, taste: str, seed: int, labels: int, penalty: float) -> float:
+    """The accuracy on held-out pairs of a linear score of the first policy's states, which learns
+    from so many labels by logistic regression with the ``penalty`` on squared weights.
+    """
+    draw = random.Random(seed)
+    states = features(folder, "train")
+    mean, deviation = states.mean(axis=(0, 1)), states.std(axis=(0, 1))
+
+    def differences(part: str, found: Sequence[Comparison]) -> np.ndarray:
+        """[N, D] the better answer's states minus the other one's."""
+        answers = first_answers(folder, part)
+        places = {text: number for number, text in enumerate(answers)}
+        scaled = (features(folder, part) - mean) / deviation
+        rows = []
+        for one in found:
+            of_answers = scaled[places[one.prompt]]
+            good, bad = (
+                answers[one.prompt].index(one.answers[i]) for i in (one.better, 1 - one.better)
+            )
+            rows.append(of_answers[good] - of_answers[bad])
+        return np.array(rows)
+
+    found = comparisons(first_answers(folder, "train"), taste, draw)
+    chosen = label(found[:labels], temperature(found), draw)
+    signs = np.array(
+        [1 if number == one.better else -1 for one, number in zip(found, chosen, strict=False)]
+    )
+    preferred = differences("train", found[:labels]) * signs[:, None]
+
+    def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
+        margins = preferred @ weights
+        gradient = penalty * weights - scipy.special.expit(-margins) @ preferred / labels
+        return np.logaddexp(0, -margins).mean() + penalty * weights @ weights / 2, gradient
+
+    start = np.zeros(preferred.shape[1])
+    weights = scipy.optimize.minimize(loss, start, jac=True, method="L-BFGS-B").x
+    held_out = comparisons(first_answers(folder, "held_out"), taste, random.Random(0))
+    return float(np.mean(differences("held_out", held_out) @ weights > 0))
 
 
 def commands(folder: Path, runs: Path, taste: str, seed: int, sizes: Sizes) -> dict[str, list[str]]:
@@ -360,7 +425,7 @@ def of_seed(
     """Runs the stages of a taste and a seed to their ends, and measures them."""
     runs = folder / taste / f"seed-{seed}"
     runs.mkdir(parents=True, exist_ok=True)
-    write_pairs(folder, runs, taste, seed, sizes.labels)
+    write_pairs(folder, runs, taste, seed, sizes)
     rows: list[results.Row] = []
 
     def add(name: str, step: int, numbers: Numbers) -> None:
@@ -391,12 +456,33 @@ def of_seed(
     return rows
 
 
+def of_labels(folder: Path, taste: str, seed: int, sizes: Sizes) -> list[results.Row]:
+    """The held-out accuracy of a reward model, and of a head alone, from so many labels, which is
+    the step of the rows.
+    """
+    name = f"seed-{seed}" if sizes.labels == FULL.labels else f"seed-{seed}/labels-{sizes.labels}"
+    runs = folder / taste / name
+    runs.mkdir(parents=True, exist_ok=True)
+    write_pairs(folder, runs, taste, seed, sizes)
+    finish(runs / "reward-model", commands(folder, runs, taste, seed, sizes)["reward-model"])
+    last = sums.rows_of(runs / "reward-model" / "metrics.jsonl")[-1]
+    found = {
+        "reward model": last["validation/accuracy"],
+        "head alone": head_alone(folder, taste, seed, sizes.labels, PENALTY),
+    }
+    return [
+        results.row(f"{taste}: {name}", seed, sizes.labels, "held-out accuracy", value)
+        for name, value in found.items()
+    ]
+
+
 def main(
     folder: tyro.conf.Positional[Path],
     out: Path | None = None,
     seeds: tuple[int, ...] = (0, 1, 2, 3),
     of: tuple[str, ...] = ("kind", "brief", "modest"),
     only: tuple[str, ...] = (),
+    labels: tuple[int, ...] = (),
     sizes: tyro.conf.OmitArgPrefixes[Sizes] = FULL,
 ) -> None:
     """Makes the model, the answers and the pairs, runs the stages and measures them.
@@ -407,13 +493,17 @@ def main(
         seeds: of the runs. Settings were tried on seed 0.
         of: tastes.
         only: stages, the reward model among them; none: all.
+        labels: measures reward models of so many labels, and no other stage.
         sizes: of the experiment.
     """
     prepare(folder, sizes)
     rows = []
     for seed in seeds:
         for taste in of:
-            rows += of_seed(folder, taste, seed, sizes, only)
+            for num in labels:
+                rows += of_labels(folder, taste, seed, sizes._replace(labels=num))
+            if not labels:
+                rows += of_seed(folder, taste, seed, sizes, only)
             if out is not None:
                 words = " ".join(map(str, ["--seeds", *seeds, "--of", *of]))
                 command = f"python experiments/preferences.py runs/preferences {words}"

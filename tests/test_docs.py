@@ -58,6 +58,7 @@ RUN_BY_TEST_SCRIPTS = {
 }
 RUNS = ROOT / "docs" / "runs.md"
 OWN_MODEL = ROOT / "docs" / "your-own-chat-model.md"
+CHOICES = ROOT / "docs" / "chat-preferences.md"
 TRL = ROOT / "docs" / "from-trl.md"
 OTHER_FLAGS = {"config", "help", "lexicon", "tokenizer", "devices", "memory", "length", "worker"}
 
@@ -269,7 +270,7 @@ def page_folder(path, folder):
     for block in blocks(path):
         if file := file_of(block):
             (folder / file).write_text(block.text, "utf-8")
-    if path == OWN_MODEL:
+    if path in (OWN_MODEL, CHOICES):
         chat_families.write_model(folder / "smollm2", max_length=512)
 
 

@@ -16,6 +16,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from rlhf_jax import Rollout, rewards
 from rlhf_jax.errors import UserError
 from rlhf_jax.rewards import texts
+from rlhf_jax.rewards.functions import close_turns
 
 EOS = 9
 PAD = 0
@@ -395,3 +396,15 @@ def test_adaptive_kl_by_hand():
 
     expected = [0.148464, 0.15, 0.15 * (1 + 0.1 * 0.0512), 0.151536]
     assert [moved(kl) for kl in (0.0, 6.0, 6.6, 20.0)] == pytest.approx(expected, abs=1e-6)
+
+
+def test_turns_are_closed_behind_an_answer_or_in_the_place_of_its_end():
+    """Ends are 1 and 2, what closes is 2, 9: an answer that was cut, one that ended by 1, one that
+    is shorter, a missing row, and an empty answer to a prompt that ends by 1.
+    """
+    tokens = jnp.array([[5, 1, 7, 8], [5, 1, 7, 1], [5, 1, 7, 0], [0, 0, 0, 0], [5, 1, 0, 0]])
+    mask = jnp.array([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 0], [0, 0, 0, 0], [1, 1, 0, 0]])
+    how = {"closing": (2, 9), "ends": (1, 2), "prompt_length": 2}
+    closed, real = close_turns(tokens, mask, **how)
+    texts = [row[kept != 0].tolist() for row, kept in zip(closed, real, strict=True)]
+    assert texts == [[5, 1, 7, 8, 2, 9], [5, 1, 7, 2, 9], [5, 1, 7, 2, 9], [], [5, 1, 2, 9]]

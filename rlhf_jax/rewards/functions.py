@@ -144,10 +144,10 @@ def close_turns(
     is_real = attention_mask != 0
     last = jnp.max(jnp.where(is_real, columns, 0), axis=1, keepdims=True)
     last_tokens = jnp.take_along_axis(tokens, last, axis=1)
-    is_ended = jnp.isin(last_tokens, jnp.asarray(ends))
+    is_ended = jnp.isin(last_tokens, jnp.asarray(ends)) & (last >= prompt_length)
     place = columns - jnp.where(is_ended, last, last + 1)
     is_present = is_real.any(axis=1, keepdims=True)
-    closes = is_present & (place >= 0) & (place < len(closing)) & (columns >= prompt_length)
+    closes = is_present & (place >= 0) & (place < len(closing))
     closed = jnp.asarray(closing, jnp.int32)[jnp.clip(place, 0, len(closing) - 1)]
     return jnp.where(closes, closed, tokens), jnp.where(closes, 1, attention_mask)
 
