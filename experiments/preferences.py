@@ -339,15 +339,22 @@ class Judge(NamedTuple):
             [[{"role": "user", "content": text}] for text in asked], responses
         )
 
-    def numbers(self, answers: Mapping[str, str], kl: float, scores: np.ndarray) -> Numbers:
+    def numbers(
+        self,
+        answers: Mapping[str, str],
+        kl: float,
+        scores: np.ndarray,
+        before: Mapping[str, list[str]] | None = None,
+    ) -> Numbers:
         """The means of gold and of the reward model's scores of an answer to each instruction, and
-        the share of the first policy's answers to the same instructions that the taste finds worse;
-        ties count half.
+        the share of the answers ``before`` to the same instructions that the taste finds worse;
+        ties count half. None: of the first policy's sampled answers.
         """
         now = gold(self.taste, [*answers], [*answers.values()])
         shares = []
         for text, own in zip(answers, now, strict=True):
-            old = gold(self.taste, [text] * ANSWERS, self.before[text])
+            others = (before or self.before)[text]
+            old = gold(self.taste, [text] * len(others), others)
             shares.append(np.where(own == old, 0.5, own > old).mean())
         found = {"KL": kl, "sqrt(KL)": max(kl, 0.0) ** 0.5, "score": float(scores.mean())}
         for name, values in (("gold", now), ("win rate", np.array(shares))):
@@ -406,11 +413,15 @@ def best_of(judge: Judge, num: int) -> Numbers:
 
 
 def measure(folder: Path, runs: Path, judge: Judge, stage: str, sizes: Sizes, seed: int) -> Any:
-    """{step: numbers} of a policy at temperature 1, and of its last one greedily."""
+    """{step: numbers} of a policy at temperature 1; and of its last one greedily, beside the first
+    policy's greedy answers.
+    """
     run = runs / stage
+    first = answered(folder, folder / "model", sizes, seed, greedy=True)["responses"]
     greedy = answered(folder, run / "model", sizes, seed, greedy=True)
     both = [*greedy["responses"]], [*greedy["responses"].values()]
-    last = judge.numbers(greedy["responses"], greedy["kl"], judge.scores(*both))
+    before = {text: [response] for text, response in first.items()}
+    last = judge.numbers(greedy["responses"], greedy["kl"], judge.scores(*both), before)
     if stage in ("ppo", "rloo"):
         return validations(run, judge), last
     sampled = answered(folder, run / "model", sizes, seed, greedy=False)

@@ -175,6 +175,15 @@ def test_the_score_of_an_answer_that_was_cut_is_read_at_an_end(family, group_siz
         assert_allclose(reward(made)[0], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("position", [hf.LAST_TOKEN, hf.STEP_ENDS])
+def test_a_model_whose_score_stands_elsewhere_reads_no_end(position, tmp_path):
+    folder = Path(save_judge(tmp_path))
+    assert len(LanguageModel.load(folder).closing(in_chat=True)) == 1
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"score_position": position}))
+    assert LanguageModel.load(folder).closing(in_chat=True) == ()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("is_ours", [True, False])
 def test_where_a_score_stands_is_a_property_of_the_folder(is_ours, tmp_path, write):
