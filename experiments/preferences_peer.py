@@ -83,6 +83,7 @@ def flags(asked: Settings) -> list[str]:
         "rl.optimizer.learning-rate": asked.learning_rate,
         "rl.optimizer.schedule": asked.schedule,
         "rl.optimizer.max-grad-norm": None,
+        "ppo.group-size": 1,
         "ppo.num-epochs": asked.passes,
         "ppo.num-minibatches": asked.minibatches,
         "ppo.num-microbatches": asked.microbatches,

@@ -10,11 +10,12 @@ runs, OUT.json.part has what there is so far.
 The tokenizer is the reward model's, whose pad is no EOS. SmolLM2's own pad ends its turns; TRL
 takes each pad of a prompt for padding, and would hide the ends of the turns from policy, reference,
 critic and reward model. ``reward_shift`` of the reward model becomes a bias of its head, so that
-scores are those of ``rlhf-jax``: read at the token that ends the turn, and of an answer that was
-cut at the limit at its last token.
+scores are those of ``rlhf-jax``, read at the token that ends the turn.
 
 What TRL computes otherwise than ``rlhf-jax ppo`` with ``preferences_peer.flags``:
 
+- Of an answer that was cut at the limit the score is read at its last token; here behind it, at
+  the end of the turn that it lacks, as the reward model was trained.
 - The score of an answer that ended is paid one token after its EOS, at a state whose value is
   learned too; here it is paid at the EOS. With lambda 1 the advantages are the same, below it TRL's
   contain the value of that state.

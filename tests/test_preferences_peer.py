@@ -158,7 +158,7 @@ def trl_script():
 
 @pytest.mark.parity
 def test_trl_reads_the_same_prompts_and_scores(folders, trl_script):
-    """Of answers that ended, and of those that were cut at the limit."""
+    """Of answers that ended, and of those that were cut at the limit with an end behind them."""
     import torch
     import transformers
     from trl.experimental.utils import get_reward
@@ -185,6 +185,8 @@ def test_trl_reads_the_same_prompts_and_scores(folders, trl_script):
         ids = np.asarray(tokens)[np.asarray(real) != 0]
         if tokenizer.pad_token_id in ids:  # for TRL such an answer ends there
             continue
+        if not ours.finished[number]:
+            ids = np.append(ids, tokenizer.eos_token_id)
         prompt = len(prompts[number // 4])
         pads = (3, 2 * ours.finished[number])  # a whole answer has no pad behind it
         padded = np.pad(ids, pads, constant_values=tokenizer.pad_token_id)[None]
