@@ -179,9 +179,11 @@ def test_the_score_of_an_answer_that_was_cut_is_read_at_an_end(family, group_siz
 def test_a_model_whose_score_stands_elsewhere_reads_no_end(position, tmp_path):
     folder = Path(save_judge(tmp_path))
     assert len(LanguageModel.load(folder).closing(in_chat=True)) == 1
+    assert bench.judge_positions(str(folder)) == 255
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"score_position": position}))
     assert LanguageModel.load(folder).closing(in_chat=True) == ()
+    assert bench.judge_positions(str(folder)) == 256
 
 
 @pytest.mark.slow

@@ -154,6 +154,7 @@ def test_a_score_stands_where_the_answers_that_were_trained_on_end(answers, wher
         encoded=SimpleNamespace(tokens=columns), language_model=model, source=source, run=run
     )
     assert reward_model.score_position(job) == where
+    assert reward_model.TASK.save(job).keywords == {"score_position": where}
     read = []
 
     def score(params, comparisons):
