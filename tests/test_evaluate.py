@@ -734,18 +734,19 @@ def test_prompt_and_response_fit_into_the_scorer_of_a_category(folders, tmp_path
     (tmp_path / "mine.yaml").write_text(f"custom:\n  score: {short}\n")
     own = {"categories": str(tmp_path / "mine.yaml"), "output": str(tmp_path)}
     given = config(folders, preferences=(), max_new_tokens=6, **own)
-    with pytest.raises(UserError, match=r"prompt has \d+ tokens, more than the 6 allowed"):
+    with pytest.raises(UserError, match=r"prompt has \d+ tokens, more than the 5 allowed"):
         evaluate.run(folders / "run", given)
 
 
-@pytest.mark.parametrize("length", [64, 63])
-def test_a_reward_model_is_told_how_long_the_texts_are(folders, tmp_path, length, monkeypatch):
+@pytest.mark.parametrize("is_asked", [True, False])
+def test_a_reward_model_is_told_how_long_the_texts_are(folders, tmp_path, is_asked, monkeypatch):
     """One of the hub too, whose positions nobody has asked for."""
-    short = shortened(folders, tmp_path / "short", length)
-    monkeypatch.setattr(bench, "judge_positions", lambda entry: sys.maxsize)
+    short = shortened(folders, tmp_path / "short", 64)
+    if not is_asked:
+        monkeypatch.setattr(bench, "judge_positions", lambda entry: sys.maxsize)
     asked = config(folders, reward_model=short)
     policy = bench.load(str(folders / "run"), asked)
-    if length == 64:
+    if is_asked:
         assert bench.open_bench(policy, asked).reward.fn is not None
         return
     with pytest.raises(UserError, match=r"reads 63 tokens; shorten .* now 64"):
@@ -818,7 +819,7 @@ def test_public_files_are_evaluated(gpt2, name, flag, file, expected, dropped, t
         ({"template": "x"}, "--template .*{prompt}, got 'x'"),
         ({"against": "x", "reward_model": None}, "--against: a win rate needs --reward-model"),
         ({"reward_model": "run"}, "run/model: this model has no score head"),
-        ({"max_new_tokens": 60}, "12 tokens, more than the 4"),
+        ({"max_new_tokens": 60}, "12 tokens, more than the 3"),
         (
             {"categories": "broken.yaml", "preferences": ()},
             "broken.yaml: tea.score mine.py:none: no such file",

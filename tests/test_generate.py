@@ -255,7 +255,7 @@ def test_the_rows_are_demonstrations(write, tmp_path):
 
 
 def test_prompt_and_response_fit_into_the_reward_model_too(runs, write, monkeypatch):
-    assert bench.judge_positions(str(runs / "reward" / "model")) == 80
+    assert bench.judge_positions(str(runs / "reward" / "model")) == 79
     monkeypatch.setattr(bench, "judge_positions", lambda entry: 20)
     with pytest.raises(UserError, match=r"line 3, 'a much.*: has 21 tokens, and 14 are left"):
         write("--reward", str(runs / "reward"))

@@ -162,7 +162,7 @@ def test_why_a_row_has_no_score_is_said_once_and_kept_in_its_sample(of_tasks, tm
     assert said == ["reward: no score for 2 of 3 responses: maths: no maths (said once)"]
     assert set(scored.metrics) >= {"reward/unscored/maths", "reward/rows/code"}
     assert "reward/unscored/code" not in scored.metrics  # nothing depends on it
-    samples = _samples(POLICY, sampled, scored, batch)
+    samples = _samples(POLICY, sampled, scored, batch, None)
     assert [row["score"] for row in samples] == [2, None, None]
     assert [row["reward/maths"] for row in samples] == [2, None, None]
     assert samples[2]["unscored"] == scored.reasons[2]

@@ -383,12 +383,12 @@ def test_the_phases_that_may_take_long_are_named(tmp_path, monkeypatch, capsys, 
     )
     Progress._validated(progress)
 
-    monkeypatch.setattr(normalization, "base_samples", work)
+    monkeypatch.setattr(normalization, "base_samples", lambda *given: (work(*given), Mock())[1])
     monkeypatch.setattr(normalization.scoring, "answer_scorer", lambda *given, jit: None)
     job = SimpleNamespace(
         source=SimpleNamespace(model="m"), run=SimpleNamespace(layout=SimpleNamespace(jit=None))
     )
-    normalization.normalize_members(job, Mock(), {}, 256)
+    normalization.normalize_members(job, Mock(), {}, 256, reads_end=False)
     assert lines_of(capsys) == [
         "validation after step 4: 11 s so far",
         "sampling 256 answers of the base policy to normalise scores: 11 s so far",
