@@ -6,6 +6,7 @@ import numpy as np
 import preferences
 import pytest
 import tastes
+import tyro
 
 from rlhf_jax.config import RunConfig, parse
 
@@ -57,6 +58,12 @@ def test_pairs_of_an_instruction_are_first_of_different_answers():
     assert len(found) == 4  # without 0-2 and 1-3
     assert {one.answers for one in found[:2]} == {("Yes.", "Yes"), ("No.", "I do not")}
     assert all(one.answers[one.better].endswith(".") for one in found)
+
+
+def test_the_script_tells_its_flags(capsys):
+    with pytest.raises(SystemExit):
+        tyro.cli(preferences.main, args=["--help"])
+    assert "--curve" in capsys.readouterr().out
 
 
 def test_commands_are_settings_of_a_run(tmp_path):
