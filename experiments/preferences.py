@@ -446,7 +446,7 @@ def of_seed(
         )
 
     for stage, words in commands(folder, runs, taste, seed, sizes).items():
-        if only and stage not in only:
+        if only and stage not in (*only, "reward-model"):
             continue
         finish(runs / stage, words)
         if stage == "reward-model":
@@ -503,7 +503,7 @@ def main(
         out: a file for the results as a table.
         seeds: of the runs. Settings were tried on seeds 0 and 1.
         of: tastes.
-        only: stages, the reward model among them; none: all.
+        only: stages beside the reward model, which is always run; none: all.
         curve: measures reward models of so many labels each, and no other stage.
         sizes: of the experiment.
     """
@@ -516,8 +516,11 @@ def main(
             if not curve:
                 rows += of_seed(folder, taste, seed, sizes, only)
             if out is not None:
-                words = " ".join(map(str, ["--seeds", *seeds, "--of", *of]))
-                command = f"python experiments/preferences.py runs/preferences {words}"
+                given = {"--seeds": seeds, "--of": of, "--only": only, "--curve": curve}
+                words = [
+                    str(word) for flag, some in given.items() if some for word in (flag, *some)
+                ]
+                command = f"python experiments/preferences.py runs/preferences {' '.join(words)}"
                 seconds = sums.seconds_of([*folder.glob("*/seed-*/*/timing.jsonl")])
                 results.write(out, command, seconds, rows, sizes=sizes._asdict())
 

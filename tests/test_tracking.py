@@ -2,6 +2,7 @@
 anywhere.
 """
 
+import contextlib
 import io
 import json
 import math
@@ -272,12 +273,14 @@ def test_a_step_that_takes_long_is_spoken_of_meanwhile(tmp_path, capsys, clock):
 
 
 def test_a_phase_is_named_after_ten_seconds_and_then_ever_more_seldom(capsys, clock):
+    """And not after its end, also that by an error."""
     pulse = Pulse(clock)
     for _ in range(2):
-        with pulse.during("sampling 8 answers"):
+        with contextlib.suppress(ValueError), pulse.during("sampling 8 answers"):
             for _ in range(50):
                 clock.now += 1.0
                 pulse.tick()
+            raise ValueError("failed")
         clock.now += 100.0
         pulse.tick()
     assert lines_of(capsys) == [f"sampling 8 answers: {s} s so far" for s in (10, 20, 40)] * 2

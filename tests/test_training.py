@@ -145,13 +145,20 @@ ENDED, CUT = [*TEXTS.encode("ab"), TEXTS.eos_id], TEXTS.encode("abc")
     ],
 )
 def test_a_score_stands_where_the_answers_that_were_trained_on_end(answers, where, monkeypatch):
-    """Of four samples, of which two were cut, the scores are those that RL will read."""
-    columns = [[np.array(text) for text in answers[:2]], [np.array(text) for text in answers[2:]]]
+    """Samples of which one was cut are scored as RL will score them. The row that is held out,
+    whose answers are all of the other form, does not count.
+    """
+    held_out = CUT if where == model_files.END_OF_TURN else ENDED
+    columns = [[np.array(text) for text in [*answers[i : i + 2], held_out]] for i in (0, 2)]
     model = SimpleNamespace(tokenizer=TEXTS)
     source = SimpleNamespace(model="base", text=Text())
     run = SimpleNamespace(layout=SimpleNamespace(jit=None))
     job = SimpleNamespace(
-        encoded=SimpleNamespace(tokens=columns), language_model=model, source=source, run=run
+        encoded=SimpleNamespace(tokens=columns),
+        train_rows=np.array([0, 1]),
+        language_model=model,
+        source=source,
+        run=run,
     )
     assert reward_model.score_position(job) == where
     assert reward_model.TASK.save(job).keywords == {"score_position": where}

@@ -92,8 +92,10 @@ class Pulse(contextlib.AbstractContextManager["Pulse"]):
         """What is done, in a few words."""
         self._named_after = SLOW_PHASE
         self._phase = phase, self.clock()
-        yield  # after an error the run ends, and the pulse with it
-        self._phase = None
+        try:
+            yield
+        finally:
+            self._phase = None
 
     def tick(self) -> None:
         """Prints the lines that are due."""

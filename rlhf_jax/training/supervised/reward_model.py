@@ -198,7 +198,8 @@ def score_position(job: Job) -> str:
     such end, as token ids may.
     """
     ends = np.array(job.language_model.tokenizer.eos_ids)
-    last = [text[-1] for texts in job.encoded.tokens for text in texts if len(text)]
+    answers = (texts[row] for texts in job.encoded.tokens for row in job.train_rows)
+    last = [text[-1] for text in answers if len(text)]
     return hf.END_OF_TURN if np.isin(last, ends).mean() >= 0.5 else hf.LAST_TOKEN
 
 
