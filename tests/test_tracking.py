@@ -179,15 +179,19 @@ def test_progress_on_a_terminal(tmp_path, terminal):
 
 
 @pytest.mark.parametrize("is_terminal", [False, True])
-def test_each_validation_has_a_line(tmp_path, capsys, is_terminal, request):
+def test_each_validation_has_a_line(tmp_path, capsys, is_terminal, request, clock):
+    """With the time that is left where no bar says it."""
     out = request.getfixturevalue("terminal").getvalue if is_terminal else None
     show = ["score", "validation/judge"]
-    with open_run(tmp_path) as run, tracking(run, total=9, show=show) as tracker:
+    pulse = Pulse(clock)
+    with open_run(tmp_path) as run, tracking(run, total=9, show=show, pulse=pulse) as tracker:
         tracker.log(1, {"score": 1.0})
         tracker.log(2, {"score": 1.0, "validation/other": 1.0})
+        clock.now += 20.0
         tracker.log(3, {"score": 1.0, "validation/judge": 0.0})
     said = out() if out else capsys.readouterr().out
     assert "ppo 3/9  score 1  validation/judge 0" in said
+    assert ("left" in said) != is_terminal
     assert "ppo 2/9" not in said
     assert ("ppo 1/9" in said) != is_terminal
 

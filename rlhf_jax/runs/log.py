@@ -204,10 +204,11 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
         self._ends.append((step, now))
         is_last = step >= self._total
         due = not self._printed or step % _PRINT_EVERY == 0 or is_last or self._pulse.is_due()
-        due = due and not self._progress.console.is_terminal
-        if due or any(name.startswith("validation/") and name in numbers for name in self._show):
+        has_bar = self._progress.console.is_terminal  # which says the time that is left
+        validated = any(name.startswith("validation/") and name in numbers for name in self._show)
+        if validated or (due and not has_bar):
             is_old = now - self._started >= SILENCE
-            pace = f"  {self.pace()}" if is_old and not is_last else ""
+            pace = f"  {self.pace()}" if is_old and not is_last and not has_bar else ""
             logger.info(f"{self._label} {step}/{self._total}  {line}{pace}".strip())
             self._pulse.spoken()
             self._printed = True
