@@ -106,9 +106,13 @@ def compare(
     write_atomically(file, "".join(lines))
 
 
-def answer(policy: Path, file: Path, seed: int) -> tuple[Generator, Any, list[list[str]], Any]:
-    """A policy, the held-out prompts, SAMPLES answers to each, and their rollout."""
-    model = asking.open_policy(str(policy), asking.Settings())
+def answer(
+    policy: Path, file: Path, seed: int, *, reward: Sequence[str] = ()
+) -> tuple[Generator, Any, list[list[str]], Any]:
+    """A policy, the held-out prompts, SAMPLES answers to each that fit into ``reward``'s models
+    too, and their rollout.
+    """
+    model = asking.open_policy(str(policy), asking.Settings(), reward=reward)
     data = asking.read(model, asking.Prompts(prompts=(str(file),)), seed)
     texts, rollout = model.sample(model.ask(data.rows, SAMPLES), seed)
     of_prompts = [texts[i : i + SAMPLES] for i in range(0, len(texts), SAMPLES)]
@@ -144,8 +148,9 @@ def own_accuracy(policy: Path, reward_model: Path, file: Path, seed: int) -> dic
     """How often the reward model and the rubric prefer the same of two answers of the policy, where
     the rubric prefers one.
     """
-    model, rows, texts, rollout = answer(policy, file, seed)
-    reward = asking.reward_of((f"mean:{reward_model / 'model'}",), model, ())
+    entries = (f"mean:{reward_model / 'model'}",)
+    model, rows, texts, rollout = answer(policy, file, seed, reward=entries)
+    reward = asking.reward_of(entries, model, ())
     messages = {"messages": [row.conversation for row in rows for _ in range(SAMPLES)]}
     learned = bench.score(reward, rollout, messages, model.batch_size)
     true = gold(rows, texts).ravel()
