@@ -73,6 +73,7 @@ class Sizes(NamedTuple):
 
 
 FULL = Sizes()
+METRICS = {"sft": "loss", "dpo": "accuracy", "grpo": "score"}  # of held-out rows
 Answers = dict[str, list[str]]  # {prompt: [answer, "ended" or "cut"]}
 
 
@@ -115,8 +116,8 @@ def write_data(folder: Path, sizes: Sizes) -> int:
     files = {
         "train_rows": rows_of(taught),
         "held_out_rows": rows_of([*kept["sums"], *kept["instructions"]]),
-        "train_few_pairs": learning.pairs_of(every[sizes.taught : after], 1),
-        "held_out_few_pairs": learning.pairs_of(kept["sums"], 1),
+        "train_pairs": learning.pairs_of(every[sizes.taught : after]),
+        "held_out_pairs": learning.pairs_of(kept["sums"]),
         "train_prompts": every[after:],
         "held_out_prompts": kept["sums"],
     }
@@ -128,16 +129,10 @@ def write_data(folder: Path, sizes: Sizes) -> int:
 def stages(folder: Path, runs: Path, sizes: Sizes, rows: int, seed: int) -> list[learning.Stage]:
     """The command lines of the stages, each of which starts from the one before."""
     of_seed = learning.Commands(folder, runs, sizes.of_learning, seed)
-    checked = f"{Path(sums.__file__)}:is_answer"
-    more = "--grpo.group-size 8 --grpo.aggregate token --grpo.kl-loss-coef 0"
     return [
-        of_seed.supervised(
-            "sft", learning.BASE, "rows", metric="loss", rate=3e-4, rows=rows, epochs=2
-        ),
-        of_seed.supervised(
-            "dpo", "sft", "few_pairs", metric="accuracy", rate=1e-4, rows=sizes.pairs, epochs=1
-        ),
-        of_seed.policy("grpo", "dpo", checked, more, kl_coef=0.0, answers=sizes.answers, rate=5e-5),
+        of_seed.supervised("sft", learning.BASE, "rows", rate=3e-4, rows=rows, epochs=2),
+        of_seed.supervised("dpo", "sft", "pairs", rate=1e-4, rows=sizes.pairs, epochs=1),
+        of_seed.grpo("dpo", rate=5e-5),
     ]
 
 
@@ -222,12 +217,13 @@ def main(
     add("base", 0, asked_as_chat(model, sizes, runs / "base.json"))
     for stage in stages(folder, runs, sizes, rows_of_sft, seed):
         metrics = learning.finished(stage.run, stage.flags)
+        metric = f"validation/{METRICS[stage.flags[0]]}"
         timing = sums.rows_of(stage.run / "timing.jsonl")
         seconds = [row["timing/step"] for row in timing if "timing/step" in row]
         answers = runs / f"{stage.run.name}.json"
         values = asked_as_chat(stage.run / "model", sizes, answers) | {
-            "held-out rows before": metrics[0][stage.metric],
-            "held-out rows after": metrics[-1][stage.metric],
+            "held-out rows before": metrics[0][metric],
+            "held-out rows after": metrics[-1][metric],
             "seconds a step": statistics.median(seconds),
         }
         add(stage.run.name.upper(), metrics[-1]["step"], values)

@@ -5,8 +5,7 @@
 
 Both libraries train adapters of the same form on the same rows, with the same batches, rates and
 numbers of steps, and are measured on the same held-out rows. The order of the rows, the first
-adapters and the drawn tokens are each library's own. The folder may be that of learning.py; the
-script goes on where it was stopped.
+adapters and the drawn tokens are each library's own. The script goes on where it was stopped.
 """
 
 import json
@@ -105,7 +104,7 @@ def main(
     """Trains with both libraries, and writes what they reach as one table.
 
     Args:
-        folder: of learning.py, or an empty one.
+        folder: of everything: model/, the data, seed-0/ and so on.
         out: a file for the results as a table.
         seeds: how many.
         stages: which.

@@ -107,11 +107,11 @@ def trainer(stage, model, folder, seed, steps, batch):
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     how = {"model": model, "processing_class": tokenizer, "peft_config": lora}
     if stage == "dpo":
-        held_out = Dataset.from_list(rows_of(folder, "held_out_few_pairs"))
+        held_out = Dataset.from_list(rows_of(folder, "held_out_pairs"))
         args = DPOConfig(
             **common, learning_rate=1e-4, lr_scheduler_type="linear", warmup_steps=0.1, beta=0.1
         )
-        pairs = Dataset.from_list(rows_of(folder, "train_few_pairs"))
+        pairs = Dataset.from_list(rows_of(folder, "train_pairs"))
         found = DPOTrainer(**how, args=args, train_dataset=pairs, eval_dataset=held_out)
         curve = Curve(max(steps // 2, 1), lambda model: found.evaluate()["eval_rewards/accuracies"])
     else:

@@ -53,7 +53,7 @@ def flags(folder: Path, name: str, rate: float, seed: int) -> list[str]:
         }
         kind = "prompts"
     else:
-        kind = "rows" if name == "sft" else "few_pairs"
+        kind = "rows" if name == "sft" else "pairs"
         own = {
             "batch-size": SIZES.batch,
             "max-steps": STEPS,
@@ -63,7 +63,7 @@ def flags(folder: Path, name: str, rate: float, seed: int) -> list[str]:
         }
         settings = {f"{name}.{key}": value for key, value in own.items()}
     more = ["--reward", f"{Path(sums.__file__)}:is_answer"] if name == "rloo" else []
-    words = commands.stage(name, learning.BASE, kind, settings, "", more).flags
+    words = commands.stage(name, learning.BASE, kind, settings, more).flags
     if name != "sft":
         model = words.index("--model") + 1
         words[model] = str(folder / f"rate-{RATE_OF_START:g}" / "sft" / "model")

@@ -146,7 +146,7 @@ def test_no_stage_trains_on_what_is_held_out_and_each_has_sums_of_its_own(tmp_pa
     assert len(trained) == len({*trained}) == 5 * len(gemma3_chat.INSTRUCTIONS) + 64 - 8
     assert not kept & {*trained}
     assert num == len(files["train_rows"]) == 5 * len(gemma3_chat.INSTRUCTIONS) + 6
-    assert len(files["train_few_pairs"]) == 7
+    assert len(files["train_pairs"]) == 7
 
 
 def test_each_stage_starts_from_the_one_before(tmp_path):

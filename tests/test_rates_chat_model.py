@@ -17,7 +17,7 @@ def test_a_stage_has_its_rate_and_starts_from_one_policy(name, tmp_path):
     assert float(given[f"--{section}.optimizer.learning-rate"]) == rate
     start = "model" if name == "sft" else "rate-0.0003/sft/model"
     assert given["--model"] == str(tmp_path / start)
-    kind = {"sft": "rows", "rloo": "prompts"}.get(name, "few_pairs")
+    kind = {"sft": "rows", "rloo": "prompts"}.get(name, "pairs")
     assert given["--data"] == str(tmp_path / f"train_{kind}.json")
     assert f"rate-{rate:g}" in given["--output-dir"]
 
