@@ -363,6 +363,14 @@ class Judge(NamedTuple):
         return found
 
 
+def judge_of(folder: Path, runs: Path, taste: str) -> Judge:
+    """Of the instructions that are measured, with the reward model of the runs."""
+    before = first_answers(folder, "held_out")
+    asked = [row["prompt"] for row in read_json(folder / "prompts_held_out.json")]
+    model = LanguageModel.load(runs / "reward-model" / "model", scan_layers=True)
+    return Judge(taste, {text: before[text] for text in asked}, model)
+
+
 def validations(run: Path, judge: Judge) -> dict[int, Numbers]:
     """{step: what the judge says of a run of RL's answers}, with the KL of that iteration."""
     by_step = collections.defaultdict(dict)
@@ -453,10 +461,7 @@ def of_seed(
             last = sums.rows_of(runs / stage / "metrics.jsonl")[-1]
             names = ("accuracy", "length_accuracy")
             add(stage, last["step"], {name: last[f"validation/{name}"] for name in names})
-            before = first_answers(folder, "held_out")
-            asked = [row["prompt"] for row in read_json(folder / "prompts_held_out.json")]
-            model = LanguageModel.load(runs / stage / "model", scan_layers=True)
-            judge = Judge(taste, {text: before[text] for text in asked}, model)
+            judge = judge_of(folder, runs, taste)
             add(f"best of {ANSWERS}", 0, best_of(judge, ANSWERS))
             continue
         by_step, greedy = measure(folder, runs, judge, stage, sizes, seed)

@@ -1,21 +1,35 @@
-"""One set of settings for PPO here and for TRL's, whose runs experiments/preferences.py compares.
-
-TRL's runs in any Python that has it and need not have this library:
+"""PPO of TRL 1.12, the last one that has it, beside ours: one reward model, prompts and settings.
 
     pip install torch transformers trl==1.12.0 peft requests
+    python experiments/preferences_peer.py runs/preferences --out preferences_trl.json
+
+The folder is that of preferences.py, with the taste's reward model. TRL runs in any Python that has
+it and need not have this library (``--python``). Both answer the same held-out instructions, and
+the taste judges. What the two compute otherwise stands in preferences_trl.py.
 """
 
 import json
 import os
+import resource
+import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import preferences
+import results
+import sums
+import tyro
+
+from rlhf_jax import cli
 from rlhf_jax.errors import UserError
+from rlhf_jax.runs.writing import write_atomically
 
 TRL = Path(__file__).with_name("preferences_trl.py")
+Curve = tuple[dict[int, preferences.Numbers], preferences.Numbers]  # by step, and costs
 
 
 @dataclass(frozen=True)
@@ -123,3 +137,107 @@ def theirs(asked: Settings, out: Path, python: str = sys.executable) -> dict[str
         names = ", ".join(sorted(others))
         raise UserError(f"{out}: made with other settings ({names}); remove it or ask for those")
     return found
+
+
+def ours(asked: Settings, folder: Path, runs: Path, judge: preferences.Judge) -> Curve:
+    """What our run reached, with its median seconds and the most memory of its process in GB."""
+    run = runs / "ppo-beside-trl"
+    data: dict[str, Any] = {
+        "model": asked.model,
+        "data": folder / "prompts_train.json",
+        "reward": runs / "reward-model",
+        "text.bucket-multiple": 8,
+        "rl.validation-data": folder / "prompts_held_out.json",
+        "rl.validation-prompts": len(asked.held_out),
+        "checkpoint-interval": 9999,
+    }
+    words = [word for key, value in data.items() for word in (f"--{key}", str(value))]
+    peak = run / "peak.json"
+    preferences.finish(run, ["ppo", *flags(asked), *words, "--output-dir", str(run)])
+    if not peak.exists():
+        kilobytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        write_atomically(peak, json.dumps(kilobytes / 1024))
+    times = [row.get("timing/step") for row in sums.rows_of(run / "timing.jsonl")]
+    costs = costs_of([time for time in times if time], json.loads(peak.read_text("utf-8")))
+    return preferences.validations(run, judge), costs
+
+
+def trls(asked: Settings, out: Path, python: str, judge: preferences.Judge) -> Curve:
+    """The same of TRL; its answers are scored as ours."""
+    found = theirs(asked, out, python)
+    kls = {row["step"]: row["kl"] for row in found["iterations"]}
+    by_step = {}
+    for step, answers in found["answers"].items():
+        texts = dict(zip(asked.held_out, answers["texts"], strict=True))
+        scores = judge.scores(asked.held_out, answers["texts"])
+        by_step[int(step)] = judge.numbers(texts, kls.get(int(step), 0.0), scores)
+    seconds = [row["seconds"] for row in found["iterations"]]
+    return by_step, costs_of(seconds, found["peak_memory_mb"])
+
+
+def costs_of(seconds: Sequence[float], megabytes: float) -> preferences.Numbers:
+    """The median seconds of an iteration behind the first one, in which ours compiles."""
+    return {
+        "seconds an iteration": statistics.median(seconds[1:] or seconds),
+        "GB at most": megabytes / 1024,
+    }
+
+
+def main(
+    folder: tyro.conf.Positional[Path],
+    out: Path,
+    taste: str = "brief",
+    seed: int = 2,
+    iterations: int = 15,
+    every: int = 5,
+    python: str = sys.executable,
+) -> None:
+    """Trains with both libraries, one after the other, and writes what they reach as one table.
+
+    Args:
+        folder: of preferences.py, in which the reward model of the taste and the seed is.
+        out: a file for the results as a table.
+        taste: that labels the pairs and judges.
+        seed: of preferences.py, and of both runs.
+        iterations: of PPO.
+        every: iterations between answers to the held-out instructions.
+        python: an interpreter that has TRL.
+    """
+    runs = folder / taste / f"seed-{seed}"
+    prompts, held_out = (
+        [row["prompt"] for row in preferences.read_json(folder / f"prompts_{part}.json")]
+        for part in ("train", "held_out")
+    )
+    asked = Settings(
+        model=str(folder / "model"),
+        reward_model=str(runs / "reward-model" / "model"),
+        prompts=prompts,
+        held_out=held_out,
+        iterations=iterations,
+        batch=32,
+        new_tokens=preferences.FULL.new_tokens,
+        eval_interval=every,
+        seed=seed,
+        learning_rate=5e-4,
+        schedule="constant",
+        passes=2,
+        minibatches=2,
+    )
+    judge = preferences.judge_of(folder, runs, taste)
+    both = {
+        "rlhf_jax": ours(asked, folder, runs, judge),
+        "TRL 1.12": trls(asked, out.with_suffix(".trl.json"), python, judge),
+    }
+    rows = []
+    for name, (by_step, costs) in both.items():
+        by_step[iterations].update(costs)
+        for step, numbers in by_step.items():
+            rows += [results.row(name, seed, step, *item) for item in numbers.items()]
+    seconds = sum(iterations * costs["seconds an iteration"] for _, costs in both.values())
+    words = f"--taste {taste} --seed {seed} --iterations {iterations} --every {every}"
+    command = f"python experiments/preferences_peer.py runs/preferences {words}"
+    results.write(out, command, seconds, rows)
+
+
+if __name__ == "__main__":
+    cli.run_script(lambda: tyro.cli(main, args=sys.argv[1:]))

@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import preferences
 import preferences_peer
 import pytest
 from numpy.testing import assert_allclose
@@ -109,6 +110,77 @@ def test_trl_runs_once_for_the_same_settings(tmp_path, monkeypatch):
     ]
     with pytest.raises(UserError, match=r"trl.json: .*other settings \(lam, seed\)"):
         preferences_peer.theirs(replace(ASKED, lam=1.0, seed=6), out)
+
+
+class Lengths:
+    """A reward model that likes long answers."""
+
+    def score_texts(self, conversations, responses):
+        return np.array([float(len(text)) for text in responses])
+
+
+def test_both_are_judged_alike(tmp_path, monkeypatch):
+    """Ours by the samples of its validations, TRL's by its answers; costs stand at the end."""
+    runs = tmp_path / "brief" / "seed-2"
+    runs.mkdir(parents=True)
+    texts = {"Why?": ["No", "No."], "Who is it?": ["It is", "It is me."]}
+    for part in ("train", "held_out"):
+        rows = [{"prompt": text} for text in (PROMPTS * 4 if part == "train" else texts)]
+        (tmp_path / f"prompts_{part}.json").write_text(json.dumps(rows))
+    ends = {
+        step: dict(zip(texts, said, strict=True))
+        for step, said in enumerate(zip(*texts.values(), strict=True))
+    }
+    asked = []
+
+    def finish(run, words):
+        asked.append(words)
+        run.mkdir()
+        samples = [
+            {"step": step, "prompt": prompt, "response": text, "score": float(len(text))}
+            for step, said in ends.items()
+            for prompt, text in said.items()
+        ]
+        steps = [{"step": 0}, {"step": 1, "objective/kl": 0.25}]
+        times = [{"step": 0, "timing/validation": 9.0}, {"step": 1, "timing/step": 3.0}]
+        for name, rows in {"samples": samples, "metrics": steps, "timing": times}.items():
+            (run / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def theirs(settings, out, python):
+        asked.append((settings, out.name, python))
+        answers = {str(step): {"texts": [*said.values()]} for step, said in ends.items()}
+        row = {"step": 1, "seconds": 6.0, "kl": 0.25}
+        return {"answers": answers, "iterations": [row], "peak_memory_mb": 2048.0}
+
+    judge = preferences.Judge("brief", texts, Lengths())
+    monkeypatch.setattr(preferences, "judge_of", lambda *of: judge)
+    monkeypatch.setattr(preferences, "finish", finish)
+    monkeypatch.setattr(preferences_peer, "theirs", theirs)
+    out = tmp_path / "out.json"
+    preferences_peer.main(tmp_path, out, iterations=1, every=1, python="its")
+    words, (settings, name, python) = asked
+    config = parse(RunConfig, words[1:])
+    assert (
+        (config.model, config.seed)
+        == (settings.model, settings.seed)
+        == (str(tmp_path / "model"), 2)
+    )
+    assert config.data == (str(tmp_path / "prompts_train.json"),)
+    assert settings.prompts == PROMPTS * 4
+    assert config.rl.validation_data == (str(tmp_path / "prompts_held_out.json"),)
+    assert settings.held_out == [*texts]
+    assert config.reward == (str(runs / "reward-model"),)
+    assert settings.reward_model == str(runs / "reward-model" / "model")
+    assert (name, python) == ("out.trl.json", "its")
+    rows = json.loads(out.read_text())["rows"]
+    found = {(row["variant"], row["step"], row["metric"]): row["value"] for row in rows}
+    for library, seconds in (("rlhf_jax", 3.0), ("TRL 1.12", 6.0)):
+        assert (found[library, 0, "gold"], found[library, 1, "gold"]) == (0.5, 1.0)
+        assert (found[library, 0, "score"], found[library, 1, "score"]) == (3.5, 6.0)
+        assert found[library, 1, "KL"] == 0.25
+        assert found[library, 1, "seconds an iteration"] == seconds
+    assert found["TRL 1.12", 1, "GB at most"] == 2
+    assert found["rlhf_jax", 1, "GB at most"] > 0
 
 
 TEMPLATE = (
