@@ -473,23 +473,15 @@ def of_seed(
 
 
 def of_labels(folder: Path, taste: str, seed: int, sizes: Sizes) -> list[results.Row]:
-    """The held-out accuracy of a reward model, and of a head alone, from so many labels, which is
-    the step of the rows.
-    """
+    """The held-out accuracy of a reward model from so many labels, the step of the row."""
     name = f"seed-{seed}" if sizes.labels == FULL.labels else f"seed-{seed}/labels-{sizes.labels}"
     runs = folder / taste / name
     runs.mkdir(parents=True, exist_ok=True)
     write_pairs(folder, runs, taste, seed, sizes)
     finish(runs / "reward-model", commands(folder, runs, taste, seed, sizes)["reward-model"])
     last = sums.rows_of(runs / "reward-model" / "metrics.jsonl")[-1]
-    found = {
-        "reward model": last["validation/accuracy"],
-        "head alone": head_alone(folder, taste, seed, sizes.labels, PENALTY),
-    }
-    return [
-        results.row(f"{taste}: {name}", seed, sizes.labels, "held-out accuracy", value)
-        for name, value in found.items()
-    ]
+    found = last["validation/accuracy"]
+    return [results.row(f"{taste}: reward model", seed, sizes.labels, "held-out accuracy", found)]
 
 
 def main(
@@ -499,6 +491,7 @@ def main(
     of: tuple[str, ...] = ("kind", "brief", "modest"),
     only: tuple[str, ...] = (),
     curve: tuple[int, ...] = (),
+    heads: tuple[int, ...] = (),
     sizes: tyro.conf.OmitArgPrefixes[Sizes] = FULL,
 ) -> None:
     """Makes the model, the answers and the pairs, runs the stages and measures them.
@@ -510,6 +503,7 @@ def main(
         of: tastes.
         only: stages beside the reward model, which is always run; none: all.
         curve: measures reward models of so many labels each, and no other stage.
+        heads: the same of heads alone on the frozen model.
         sizes: of the experiment.
     """
     prepare(folder, sizes)
@@ -518,10 +512,16 @@ def main(
         for taste in of:
             for num in curve:
                 rows += of_labels(folder, taste, seed, sizes._replace(labels=num))
-            if not curve:
+            for num in heads:
+                found = head_alone(folder, taste, seed, num, PENALTY)
+                rows.append(
+                    results.row(f"{taste}: head alone", seed, num, "held-out accuracy", found)
+                )
+            if not curve and not heads:
                 rows += of_seed(folder, taste, seed, sizes, only)
             if out is not None:
-                given = {"--seeds": seeds, "--of": of, "--only": only, "--curve": curve}
+                given = {"--seeds": seeds, "--of": of, "--only": only}
+                given |= {"--curve": curve, "--heads": heads}
                 words = [
                     str(word) for flag, some in given.items() if some for word in (flag, *some)
                 ]

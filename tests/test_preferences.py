@@ -1,6 +1,8 @@
 """The experiment of preferences on a chat model: its tastes, labels, commands and measures."""
 
+import json
 import random
+from pathlib import Path
 
 import numpy as np
 import preferences
@@ -97,3 +99,32 @@ def test_what_a_judge_says_of_answers():
     best = preferences.best_of(judge, 4)  # the longest: "I do not", and the first "So."
     assert best["gold"] == pytest.approx((0.5 + 1) / 2)
     assert best["KL"] == pytest.approx(np.log(4) - 0.75)
+
+
+def test_accuracies_stand_at_their_numbers_of_labels(tmp_path, monkeypatch):
+    """Of reward models, each in a folder of its own, and of heads alone."""
+    seen = []
+
+    def finish(run, words):
+        seen.append(run.relative_to(tmp_path))
+        run.mkdir(parents=True)
+        accuracy = len(preferences.read_json(run.parent / "pairs.json")) / 1000
+        (run / "metrics.jsonl").write_text(json.dumps({"step": 7, "validation/accuracy": accuracy}))
+
+    answers = {text: ["Yes.", "Yes", "No.", "I do not"] for text in preferences.instructions()[0]}
+    monkeypatch.setattr(preferences, "prepare", lambda *of: None)
+    monkeypatch.setattr(preferences, "first_answers", lambda folder, part: answers)
+    monkeypatch.setattr(preferences, "finish", finish)
+    monkeypatch.setattr(preferences, "head_alone", lambda *of: of[3] / 2000)
+    out = tmp_path / "out.json"
+    preferences.main(tmp_path, out, (2,), ("brief",), curve=(100, 300), heads=(500,))
+    found = json.loads(out.read_text())
+    rows = [(row["variant"], row["seed"], row["step"], row["value"]) for row in found["rows"]]
+    assert rows == [
+        ("brief: reward model", 2, 100, 0.1),
+        ("brief: reward model", 2, 300, 0.3),
+        ("brief: head alone", 2, 500, 0.25),
+    ]
+    assert found["command"].endswith("--seeds 2 --of brief --curve 100 300 --heads 500")
+    of_seed = Path("brief") / "seed-2"
+    assert seen == [of_seed / "labels-100" / "reward-model", of_seed / "reward-model"]
