@@ -70,6 +70,7 @@ HELD_OUT = 10  # subjects
 ANSWERS = 4  # to each instruction, of the first policy
 SPLITS = (((0, 1), (2, 3)), ((0, 2), (1, 3)), ((0, 3), (1, 2)))  # of four answers into pairs
 WRONG = 0.2  # share of the labeller's choices
+TRIED = (0, 1)  # seeds that settings were tried on
 PENALTY = 0.3  # on the squared weights of a head alone
 Numbers = dict[str, float]
 
@@ -499,7 +500,7 @@ def main(
     Args:
         folder: of everything: model/, the answers, kind/seed-1/ and so on.
         out: a file for the results as a table.
-        seeds: of the runs. Settings were tried on seeds 0 and 1.
+        seeds: of the runs. Settings were tried on 0 and 1, which no mean contains.
         of: tastes.
         only: stages beside the reward model, which is always run; none: all.
         curve: measures reward models of so many labels each, and no other stage.
@@ -527,7 +528,9 @@ def main(
                 ]
                 command = f"python experiments/preferences.py runs/preferences {' '.join(words)}"
                 seconds = sums.seconds_of([*folder.glob("*/seed-*/*/timing.jsonl")])
-                results.write(out, command, seconds, rows, sizes=sizes._asdict())
+                others = [row for row in rows if row["seed"] not in TRIED]
+                means = results.over_seeds(others)
+                results.write(out, command, seconds, rows + means, sizes=sizes._asdict())
 
 
 if __name__ == "__main__":

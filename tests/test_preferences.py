@@ -108,7 +108,9 @@ def test_accuracies_stand_at_their_numbers_of_labels(tmp_path, monkeypatch):
     def finish(run, words):
         seen.append(run.relative_to(tmp_path))
         run.mkdir(parents=True)
-        accuracy = len(preferences.read_json(run.parent / "pairs.json")) / 1000
+        accuracy = len(preferences.read_json(run.parent / "pairs.json")) / 1000 + (
+            "seed-2" in str(run)
+        )
         (run / "metrics.jsonl").write_text(json.dumps({"step": 7, "validation/accuracy": accuracy}))
 
     answers = {text: ["Yes.", "Yes", "No.", "I do not"] for text in preferences.instructions()[0]}
@@ -117,14 +119,13 @@ def test_accuracies_stand_at_their_numbers_of_labels(tmp_path, monkeypatch):
     monkeypatch.setattr(preferences, "finish", finish)
     monkeypatch.setattr(preferences, "head_alone", lambda *of: of[3] / 2000)
     out = tmp_path / "out.json"
-    preferences.main(tmp_path, out, (2,), ("brief",), curve=(100, 300), heads=(500,))
+    preferences.main(tmp_path, out, (0, 2), ("brief",), curve=(100, 300), heads=(500,))
     found = json.loads(out.read_text())
-    rows = [(row["variant"], row["seed"], row["step"], row["value"]) for row in found["rows"]]
-    assert rows == [
-        ("brief: reward model", 2, 100, 0.1),
-        ("brief: reward model", 2, 300, 0.3),
-        ("brief: head alone", 2, 500, 0.25),
-    ]
-    assert found["command"].endswith("--seeds 2 --of brief --curve 100 300 --heads 500")
+    rows = [(row["variant"], row["step"], row["value"]) for row in found["rows"]]
+    tried = [("reward model", 100, 0.1), ("reward model", 300, 0.3), ("head alone", 500, 0.25)]
+    other = [("reward model", 100, 1.1), ("reward model", 300, 1.3), ("head alone", 500, 0.25)]
+    assert rows == [(f"brief: {name}", *of) for name, *of in tried + 2 * other]
+    assert [row["seed"] for row in found["rows"]] == [0] * 3 + [2] * 3 + ["all"] * 3
+    assert found["command"].endswith("--seeds 0 2 --of brief --curve 100 300 --heads 500")
     of_seed = Path("brief") / "seed-2"
-    assert seen == [of_seed / "labels-100" / "reward-model", of_seed / "reward-model"]
+    assert seen[2:] == [of_seed / "labels-100" / "reward-model", of_seed / "reward-model"]
