@@ -315,12 +315,14 @@ def test_a_model_is_loaded_with_its_score_head(tmp_path):
     params = models.add_head(jax.random.key(1), params, "score")
     models.save(tmp_path, model, params)
     with pytest.raises(
-        UserError, match=f"{tmp_path}: this reward model reads 8 tokens; .*, now 9$"
+        UserError, match=f"{tmp_path}: this reward model reads 7 tokens; .*, now 8$"
     ):
-        load(str(tmp_path), length=9)
-    given = rollout()
-    expected = models.score_fn(model)(params, given.tokens, given.attention_mask, None)
-    scores, _ = build(str(tmp_path), load=load).fn(given)
+        load(str(tmp_path), length=8)
+    ends = [[*TOKENIZER.encode(text), *TOKENIZER.eos_ids] for text in ("abea", "abe")]
+    tokens = np.array([ends[0], [*ends[1], TOKENIZER.pad_id]])  # each answer with an end behind it
+    real = np.array([[1] * 5, [1, 1, 1, 1, 0]])
+    expected = models.score_fn(model)(params, tokens, real, None)
+    scores, _ = build(str(tmp_path), load=load).fn(rollout())
     assert_allclose(scores, expected, rtol=1e-5)
 
 
