@@ -82,7 +82,10 @@ def main(settings):
     keys = jax.random.split(jax.random.key(settings.seed), 4)
     init_key, order_key, sample_key, update_key = keys
     policy_fn = models.policy_fn(model, settings.temperature, prompt_length=tokens.shape[1])
-    score_fn = models.score_fn(reward_model)
+    end = [tokenizer.eos_token_id]  # behind an answer that was cut too, as when it was trained
+    score_fn = rewards.behind_turns(
+        models.score_fn(reward_model), closing=end, ends=end, prompt_length=tokens.shape[1]
+    )
     sampler = sampling.SamplingConfig(
         settings.max_new_tokens,
         settings.temperature,

@@ -221,12 +221,12 @@ def test_turns_that_no_longer_fit_are_dropped_and_it_is_said(talk, policy):
         line,
         system="be brief",
     )
-    assert notes == ["(the oldest turn is dropped: 74 tokens fit)"] * 2
+    assert notes == ["(the oldest turn is dropped: 73 tokens fit)"] * 2
     system = {"role": "system", "content": "be brief"}
     answers = shown.split("\n")
     kept = [system, *messages(line, answers[1], line)]
     assert policy([kept], seed=0).texts[0] == answers[2]
-    with pytest.raises(UserError, match="81 tokens, and 74 fit"):
+    with pytest.raises(UserError, match="81 tokens, and 73 fit"):
         talk("a" * 80)
 
 
