@@ -411,14 +411,18 @@ def answered(folder: Path, model: Path, sizes: Sizes, seed: int, greedy: bool) -
     return found
 
 
-def best_of(judge: Judge, num: int) -> Numbers:
-    """The best by the reward model of the first policy's first ``num`` answers."""
-    asked = [text for text in judge.before for _ in range(num)]
-    said = [answer for own in judge.before.values() for answer in own[:num]]
-    scores = judge.scores(asked, said).reshape(-1, num)
-    best = scores.argmax(axis=1)
-    answers = {text: own[i] for (text, own), i in zip(judge.before.items(), best, strict=True)}
-    return judge.numbers(answers, math.log(num) - (num - 1) / num, scores.max(axis=1))
+def best_of(judge: Judge) -> dict[int, Numbers]:
+    """{n: numbers} of the best of the first policy's first n answers by the reward model."""
+    asked = [text for text in judge.before for _ in range(ANSWERS)]
+    said = [answer for own in judge.before.values() for answer in own]
+    scores = judge.scores(asked, said).reshape(-1, ANSWERS)
+    found = {}
+    for num in (1, 2, 4):
+        best = scores[:, :num].argmax(axis=1)
+        answers = {text: own[i] for (text, own), i in zip(judge.before.items(), best, strict=True)}
+        kl = math.log(num) - (num - 1) / num
+        found[num] = judge.numbers(answers, kl, scores[:, :num].max(axis=1))
+    return found
 
 
 def measure(folder: Path, runs: Path, judge: Judge, stage: str, sizes: Sizes, seed: int) -> Any:
@@ -463,9 +467,12 @@ def of_seed(
             names = ("accuracy", "length_accuracy")
             add(stage, last["step"], {name: last[f"validation/{name}"] for name in names})
             judge = judge_of(folder, runs, taste)
-            add(f"best of {ANSWERS}", 0, best_of(judge, ANSWERS))
+            best = best_of(judge)
+            for num, numbers in best.items():
+                add("best of n", num, numbers)
             continue
         by_step, greedy = measure(folder, runs, judge, stage, sizes, seed)
+        by_step = {0: best[1], **by_step}  # the first policy, where the run has not asked it
         for step, numbers in by_step.items():
             add(stage, step, numbers)
         add(f"{stage}, greedy", max(by_step), greedy)

@@ -96,9 +96,10 @@ def test_what_a_judge_says_of_answers():
     assert found["gold"] == pytest.approx((0.75 + 1) / 2)
     assert found["win rate"] == pytest.approx((0.5 + 0.75) / 2)  # two of the second are ties
     assert (found["sqrt(KL)"], found["score"]) == (2.0, (18 + 3) / 2)
-    best = preferences.best_of(judge, 4)  # the longest: "I do not", and the first "So."
-    assert best["gold"] == pytest.approx((0.5 + 1) / 2)
-    assert best["KL"] == pytest.approx(np.log(4) - 0.75)
+    best = preferences.best_of(judge)  # the longest: "I do not", and the first "So."
+    assert best[4]["gold"] == pytest.approx((0.5 + 1) / 2)
+    assert (best[1]["gold"], best[1]["KL"], best[2]["score"]) == (1, 0, 3.5)
+    assert best[4]["KL"] == pytest.approx(np.log(4) - 0.75)
 
 
 def test_accuracies_stand_at_their_numbers_of_labels(tmp_path, monkeypatch):
