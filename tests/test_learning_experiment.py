@@ -35,7 +35,7 @@ def test_a_folder_keeps_its_sizes(tmp_path, monkeypatch):
 
 
 def test_pairs_are_the_right_number_and_another_one_near_it():
-    rows = learning.problems(SIZES)[:4]
+    rows = learning.problems(learning.FULL)
     pairs = learning.pairs_of(rows)
     assert [pair["chosen"] for pair in pairs] == [row["answer"] for row in rows]
     assert [pair["prompt"] for pair in pairs] == [row["prompt"] for row in rows]

@@ -142,7 +142,7 @@ def test_both_are_judged_alike(tmp_path, monkeypatch):
             for prompt, text in said.items()
         ]
         steps = [{"step": 0}, {"step": 1, "objective/kl": 0.25}]
-        times = [{"step": 0, "timing/validation": 9.0}, {"step": 1, "timing/step": 3.0}]
+        times = [{"timing/validation": 9.0}, {"timing/step": 11.0}, {"timing/step": 3.0}]
         for name, rows in {"samples": samples, "metrics": steps, "timing": times}.items():
             (run / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
