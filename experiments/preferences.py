@@ -289,8 +289,8 @@ def commands(folder: Path, runs: Path, taste: str, seed: int, sizes: Sizes) -> d
     """
     judge = f"{Path(tastes.__file__)}:{taste}"
     both = ["--config", "chat", "--model", folder / "model", "--seed", seed]
-    both += ["--text.bucket-multiple", 8, "--rl.max-new-tokens", sizes.new_tokens]
-    both += ["--checkpoint-interval", 9999]
+    both += ["--text.bucket-multiple", 8, "--checkpoint-interval", 9999]
+    length = ["--rl.max-new-tokens", sizes.new_tokens]
 
     def of_pairs(stage: str) -> list[Any]:
         flags = ["--data", runs / "pairs.json", f"--{stage}.validation-interval", 9999]
@@ -306,10 +306,10 @@ def commands(folder: Path, runs: Path, taste: str, seed: int, sizes: Sizes) -> d
         }
         flags = [word for key, value in own.items() for word in (f"--rl.{key}", value)]
         data = ["--data", folder / "prompts_train.json", "--reward", runs / "reward-model"]
-        return [stage, *both, *data, *flags]
+        return [stage, *both, *length, *data, *flags]
 
     lines = {
-        "reward-model": of_pairs("reward-model"),
+        "reward-model": [*of_pairs("reward-model"), *length],
         "ppo": of_reward("ppo"),
         "rloo": of_reward("rloo"),
         "dpo": of_pairs("dpo"),

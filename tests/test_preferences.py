@@ -10,6 +10,7 @@ import pytest
 import tastes
 import tyro
 
+from rlhf_jax.cli.stages import STAGES
 from rlhf_jax.config import RunConfig, parse
 
 ASKED = "Should I try green tea?"
@@ -72,10 +73,11 @@ def test_commands_are_settings_of_a_run(tmp_path):
     lines = preferences.commands(tmp_path, tmp_path / "kind", "kind", 3, SIZES)
     assert [*lines] == ["reward-model", "ppo", "rloo", "dpo"]
     for stage, words in lines.items():
-        settings = parse(RunConfig, words[1:])
+        reads = (*STAGES[stage].reads, stage.replace("-", "_"))
+        settings = parse(RunConfig, words[1:], sections=reads)
         assert (words[0], settings.seed, settings.lora.rank) == (stage, 3, 16)
         assert settings.output_dir == str(tmp_path / "kind" / stage)
-        assert settings.rl.max_new_tokens == SIZES.new_tokens
+        assert settings.rl.max_new_tokens == (128 if stage == "dpo" else SIZES.new_tokens)
     assert settings.dpo.validation_data == (str(tmp_path / "kind" / "held_out_pairs.json"),)
 
 
