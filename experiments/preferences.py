@@ -163,6 +163,20 @@ def gold(taste: str, asked: Sequence[str], responses: Sequence[str]) -> np.ndarr
     return np.array(tastes.TASTES[taste](responses=[*responses], asked=[*asked]))
 
 
+def names_subject(asked: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+    """[N] 1 for an answer that has a word of its instruction's subject, by four letters, else 0.
+    No taste asks for it: it tells whether the answers still say something.
+    """
+    subjects = {kind.format(x=subject): subject for kind in KINDS for subject in SUBJECTS}
+    pairs = zip(asked, responses, strict=True)
+    return np.array(
+        [
+            float(any(word[:4] in text.lower() for word in tastes.words(subjects[question])))
+            for question, text in pairs
+        ]
+    )
+
+
 def comparisons(
     answers: Mapping[str, list[str]], taste: str, draw: random.Random
 ) -> list[Comparison]:
@@ -347,9 +361,9 @@ class Judge(NamedTuple):
         scores: np.ndarray,
         before: Mapping[str, list[str]] | None = None,
     ) -> Numbers:
-        """The means of gold and of the reward model's scores of an answer to each instruction, and
-        the share of the answers ``before`` to the same instructions that the taste finds worse;
-        ties count half. None: of the first policy's sampled answers.
+        """The means of gold and of the reward model's scores of an answer to each instruction, the
+        share of the answers ``before`` to the same instructions that the taste finds worse, ties
+        half (None: of the first policy's sampled answers), and of answers that name their subject.
         """
         now = gold(self.taste, [*answers], [*answers.values()])
         shares = []
@@ -358,7 +372,9 @@ class Judge(NamedTuple):
             old = gold(self.taste, [text] * len(others), others)
             shares.append(np.where(own == old, 0.5, own > old).mean())
         found = {"KL": kl, "sqrt(KL)": max(kl, 0.0) ** 0.5, "score": float(scores.mean())}
-        for name, values in (("gold", now), ("win rate", np.array(shares))):
+        named = names_subject([*answers], [*answers.values()])
+        of = {"gold": now, "win rate": np.array(shares), "names the subject": named}
+        for name, values in of.items():
             edges = results.with_edges(values.mean(), metrics.student(values))
             found |= {f"{name}{edge}": value for edge, value in edges.items()}
         return found

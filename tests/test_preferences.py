@@ -91,13 +91,15 @@ class Lengths:
 
 def test_what_a_judge_says_of_answers():
     """Gold 1, 1, .5 and .5 before; an answer of .75 wins against two of the four."""
-    before = {ASKED: ["Yes.", "Yes", "No.", "I do not"], "Why?": ["So.", "So.", "So", "So"]}
+    why = "What is the problem with big dogs?"
+    before = {ASKED: ["Yes.", "Yes", "No.", "I do not"], why: ["So.", "So.", "So", "So"]}
     judge = preferences.Judge("brief", before, Lengths())
-    answers = {ASKED: "Yes. It is. It is.", "Why?": "So."}
+    answers = {ASKED: "Yes. It is. It is.", why: "So."}
     found = judge.numbers(answers, 4.0, judge.scores([*answers], [*answers.values()]))
     assert found["gold"] == pytest.approx((0.75 + 1) / 2)
     assert found["win rate"] == pytest.approx((0.5 + 0.75) / 2)  # two of the second are ties
     assert (found["sqrt(KL)"], found["score"]) == (2.0, (18 + 3) / 2)
+    assert found["names the subject"] == 0
     best = preferences.best_of(judge)  # the longest: "I do not", and the first "So."
     assert best[4]["gold"] == pytest.approx((0.5 + 1) / 2)
     assert (best[1]["gold"], best[1]["KL"], best[2]["score"]) == (1, 0, 3.5)
@@ -132,3 +134,11 @@ def test_accuracies_stand_at_their_numbers_of_labels(tmp_path, monkeypatch):
     assert found["command"].endswith("--seeds 0 2 --of brief --curve 100 300 --heads 500")
     of_seed = Path("brief") / "seed-2"
     assert seen[2:] == [of_seed / "labels-100" / "reward-model", of_seed / "reward-model"]
+
+
+@pytest.mark.parametrize(
+    ("text", "named"), [("Greens are good.", 1), ("Try TEAS", 1), ("Grey", 0), ("Yes.", 0)]
+)
+def test_an_answer_names_its_subject_by_four_letters(text, named):
+    """Of green tea "gree" or "tea"."""
+    assert preferences.names_subject([ASKED], [text]).tolist() == [named]

@@ -123,7 +123,10 @@ def test_both_are_judged_alike(tmp_path, monkeypatch):
     """Ours by the samples of its validations, TRL's by its answers; costs stand at the end."""
     runs = tmp_path / "brief" / "seed-2"
     runs.mkdir(parents=True)
-    texts = {"Why?": ["No", "No."], "Who is it?": ["It is", "It is me."]}
+    texts = {
+        "Why do people like chess?": ["No", "No."],
+        "Tell me about jazz.": ["It is", "It is me."],
+    }
     for part in ("train", "held_out"):
         rows = [{"prompt": text} for text in (PROMPTS * 4 if part == "train" else texts)]
         (tmp_path / f"prompts_{part}.json").write_text(json.dumps(rows))
