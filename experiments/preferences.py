@@ -325,6 +325,7 @@ def commands(folder: Path, runs: Path, taste: str, seed: int, sizes: Sizes) -> d
     lines = {
         "reward-model": [*of_pairs("reward-model"), *length],
         "ppo": of_reward("ppo"),
+        "ppo, KL x 4": [*of_reward("ppo"), "--rl.kl-coef", 0.2],  # of .05
         "rloo": of_reward("rloo"),
         "dpo": of_pairs("dpo"),
     }
@@ -451,7 +452,7 @@ def measure(folder: Path, runs: Path, judge: Judge, stage: str, sizes: Sizes, se
     both = [*greedy["responses"]], [*greedy["responses"].values()]
     before = {text: [response] for text, response in first.items()}
     last = judge.numbers(greedy["responses"], greedy["kl"], judge.scores(*both), before)
-    if stage in ("ppo", "rloo"):
+    if stage != "dpo":
         return validations(run, judge), last
     sampled = answered(folder, run / "model", sizes, seed, greedy=False)
     both = [*sampled["responses"]], [*sampled["responses"].values()]

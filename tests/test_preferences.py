@@ -71,11 +71,13 @@ def test_the_script_tells_its_flags(capsys):
 
 def test_commands_are_settings_of_a_run(tmp_path):
     lines = preferences.commands(tmp_path, tmp_path / "kind", "kind", 3, SIZES)
-    assert [*lines] == ["reward-model", "ppo", "rloo", "dpo"]
+    assert [*lines] == ["reward-model", "ppo", "ppo, KL x 4", "rloo", "dpo"]
     for stage, words in lines.items():
-        reads = (*STAGES[stage].reads, stage.replace("-", "_"))
+        command = stage.partition(",")[0]
+        reads = (*STAGES[command].reads, command.replace("-", "_"))
         settings = parse(RunConfig, words[1:], sections=reads)
-        assert (words[0], settings.seed, settings.lora.rank) == (stage, 3, 16)
+        assert (words[0], settings.seed, settings.lora.rank) == (command, 3, 16)
+        assert settings.rl.kl_coef == (0.2 if stage.endswith("KL x 4") else None)
         assert settings.output_dir == str(tmp_path / "kind" / stage)
         assert settings.rl.max_new_tokens == (128 if stage == "dpo" else SIZES.new_tokens)
     assert settings.dpo.validation_data == (str(tmp_path / "kind" / "held_out_pairs.json"),)
