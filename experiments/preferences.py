@@ -16,6 +16,7 @@ import math
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -532,6 +533,10 @@ def main(
         sizes: of the experiment.
     """
     prepare(folder, sizes)
+    started = time.monotonic()
+    asked = ["reward-model", *only] if only else ["*"]
+    if curve:
+        asked = ["reward-model", *(f"labels-{num}/reward-model" for num in curve)]
     rows = []
     for seed in seeds:
         for taste in of:
@@ -551,7 +556,14 @@ def main(
                     str(word) for flag, some in given.items() if some for word in (flag, *some)
                 ]
                 command = f"python experiments/preferences.py runs/preferences {' '.join(words)}"
-                seconds = sums.seconds_of([*folder.glob("*/seed-*/*/timing.jsonl")])
+                files = [
+                    file
+                    for number in seeds
+                    for name in of
+                    for stage in asked
+                    for file in (folder / name / f"seed-{number}").glob(f"{stage}/timing.jsonl")
+                ]
+                seconds = time.monotonic() - started if heads else sums.seconds_of(files)
                 others = [row for row in rows if row["seed"] not in TRIED]
                 means = results.over_seeds(others)
                 results.write(out, command, seconds, rows + means, sizes=sizes._asdict())

@@ -144,3 +144,23 @@ def test_accuracies_stand_at_their_numbers_of_labels(tmp_path, monkeypatch):
 def test_an_answer_names_its_subject_by_four_letters(text, named):
     """Of green tea "gree" or "tea"."""
     assert preferences.names_subject([ASKED], [text]).tolist() == [named]
+
+
+def test_the_seconds_are_those_of_the_stages_that_were_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(preferences, "prepare", lambda *of: None)
+    monkeypatch.setattr(preferences, "of_seed", lambda *of: [])
+    for seed, stage, seconds in (
+        (2, "ppo", 1),
+        (2, "rloo", 2),
+        (3, "ppo", 4),
+        (2, "reward-model", 8),
+    ):
+        run = tmp_path / "brief" / f"seed-{seed}" / stage
+        run.mkdir(parents=True)
+        (run / "timing.jsonl").write_text(json.dumps({"timing/step": seconds}))
+    found = []
+    for only in ((), ("ppo",)):
+        out = tmp_path / "out.json"
+        preferences.main(tmp_path, out, (2,), ("brief",), only=only)
+        found.append(json.loads(out.read_text())["seconds"])
+    assert found == [11, 9]
