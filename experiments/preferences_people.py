@@ -33,11 +33,11 @@ Dialogue = dict[str, str]  # chosen, rejected
 class Sizes(NamedTuple):
     """How large the experiment is."""
 
-    held_out: int = 160  # dialogues
-    words: int = 160  # of a dialogue at most; longer ones are left out
+    held_out: int = 100  # dialogues
+    words: int = 80  # of a dialogue at most; longer ones are left out
     new_tokens: int = 32
-    iterations: int = 20
-    prompts: int = 128  # held-out questions that are measured
+    iterations: int = 10
+    prompts: int = 96  # held-out questions that are measured
 
 
 FULL = Sizes()
